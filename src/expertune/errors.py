@@ -1,0 +1,13 @@
+"""The errors that are meant for the person at the keyboard: each names the thing and the way out."""
+
+
+class ExpertuneError(Exception):
+    """A failure whose message is complete by itself: the command line prints it without a traceback."""
+
+
+class ConfigError(ExpertuneError):
+    """The configuration is wrong, or contradicts itself or the machine. Nothing was started."""
+
+
+class DataError(ExpertuneError):
+    """A data set is missing, empty or has bad rows. Nothing was started."""

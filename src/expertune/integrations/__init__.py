@@ -1,0 +1,1 @@
+"""Where expertune meets Transformers and PEFT: experts implementations, adapters passed unfolded, targets."""

@@ -1,0 +1,76 @@
+"""The expert backends by name: what each is, and why it cannot run here if it cannot.
+
+Light on purpose: torch is imported only to ask about a device, so that a configuration is checked in milliseconds.
+"""
+
+from dataclasses import dataclass
+
+AUTO = "expertune"
+TORCH_GROUPED = "torch_grouped"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the experts.
+
+    name: as in `experts_implementation`. summary: one line for `expertune doctor`.
+    min_capability: the CUDA capability it needs, None for any device. released: whether this version contains it.
+    """
+
+    name: str
+    summary: str
+    min_capability: tuple[int, int] | None = None
+    released: bool = True
+
+
+BACKENDS = (
+    Backend("sonicmoe", "kernels for Hopper and newer, adapters unfolded", min_capability=(9, 0), released=False),
+    Backend("scattermoe", "fused Triton kernels, adapters unfolded", min_capability=(8, 0), released=False),
+    Backend(TORCH_GROUPED, "torch's grouped products on any device, adapters unfolded"),
+)
+"""Best first: the order in which `expertune` (auto) tries them."""
+
+IMPLEMENTATIONS = (AUTO, *(backend.name for backend in BACKENDS if backend.released))
+"""The names that expertune registers with Transformers."""
+
+
+def unavailable_reason(name: str, device_type: str | None = None) -> str | None:
+    """Say why a backend cannot run, or None if it can.
+
+    name: a backend's name, or "expertune", which always can. device_type: "cpu" or "cuda"; None: what this machine has.
+    Raises ValueError for a name that is no backend of expertune's.
+    """
+    if name == AUTO:
+        return None
+    backend = next((backend for backend in BACKENDS if backend.name == name), None)
+    if backend is None:
+        raise ValueError(f"{name!r} is no expert backend; there are {', '.join([AUTO, *(b.name for b in BACKENDS)])}")
+    problem = _device_problem(backend, device_type)
+    if problem is not None:
+        return problem
+    if not backend.released:
+        return f"{name} is not part of this version of expertune; use experts_implementation: {AUTO}"
+    return None
+
+
+def pick_backend(device_type: str | None = None) -> str:
+    """Name the best backend that can run on a device type; None means what this machine has."""
+    return next(backend.name for backend in BACKENDS if unavailable_reason(backend.name, device_type) is None)
+
+
+def _device_problem(backend: Backend, device_type: str | None) -> str | None:
+    if backend.min_capability is None:
+        return None
+    need = f"{backend.name} needs an NVIDIA GPU of compute capability {backend.min_capability[0]}.x or newer"
+    if backend.min_capability[0] >= 9:
+        need += " (Hopper)"
+    import torch
+
+    if device_type == "cpu" or not torch.cuda.is_available():
+        where = "the model is on the CPU" if device_type == "cpu" else "this machine has no usable NVIDIA GPU"
+        return f"{need}; {where}. Use experts_implementation: {AUTO}"
+    capability = torch.cuda.get_device_capability()
+    if capability < backend.min_capability:
+        found = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
+        return f"{need}; {found}. Use experts_implementation: {AUTO}"
+    return None

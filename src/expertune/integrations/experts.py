@@ -1,0 +1,81 @@
+"""Our backends in Transformers' experts interface.
+
+Transformers calls `fn(experts_module, hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]` for
+every experts class with its decorator, and the module's flags say how the weights are stored.
+"""
+
+import logging
+from functools import lru_cache, partial
+
+from torch import Tensor, nn
+
+from expertune.integrations.adapters import active_lora
+from expertune.integrations.backends import AUTO, IMPLEMENTATIONS, pick_backend
+from expertune.layers.layout import projection_names, read_projection
+from expertune.ops.experts.torch_grouped import (
+    combine_rows,
+    gather_rows,
+    grouped_expert_linear,
+    grouped_expert_mlp,
+)
+from expertune.ops.experts.types import Activation
+from expertune.ops.plan import build_plan
+
+logger = logging.getLogger("expertune")
+
+
+def install() -> None:
+    """Register our backends with Transformers. Once is enough; more often does no harm."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    for name in IMPLEMENTATIONS:
+        ALL_EXPERTS_FUNCTIONS.register(name, partial(experts_forward, name))
+
+
+def uninstall() -> None:
+    """Take our names out of Transformers' registry again."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    for name in IMPLEMENTATIONS:
+        ALL_EXPERTS_FUNCTIONS._global_mapping.pop(name, None)
+
+
+def experts_forward(
+    implementation: str, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run the experts of one layer, with the adapters that PEFT has active on them.
+
+    implementation: "expertune" (the best backend for the device) or a backend's name.
+    hidden_states: [T, H]. top_k_index: [T, K] integer. top_k_weights: [T, K]. Returns [T, H] in the dtype of the input.
+    The gate is the module's own function, whatever it computes. A module that has more of its own between the
+    projections (a norm, trainable parameters) is run in pieces through autograd: slower, the same result.
+    """
+    if implementation == AUTO:
+        _say_which(hidden_states.device.type)
+    up_name, down_name = projection_names(experts)
+    up = read_projection(experts, up_name, active_lora(experts, up_name))
+    down = read_projection(experts, down_name, active_lora(experts, down_name))
+    # Transformers before 5.18 has no flag and may always pass sentinel ids.
+    sentinels = bool(getattr(experts, "_is_expert_parallel", True))
+    plan = build_plan(top_k_index, up.num_experts, sentinels=sentinels)
+    activation: Activation = experts._apply_gate if experts.has_gate else experts.act_fn
+    if not _has_more_of_its_own(experts):
+        return grouped_expert_mlp(hidden_states, top_k_weights, plan, up, down, activation)
+    h_SJ = grouped_expert_linear(gather_rows(hidden_states, plan), up, plan)
+    z_SH = grouped_expert_linear(activation(h_SJ), down, plan)
+    if getattr(experts, "has_post_expert_norm", False):
+        z_SH = experts.post_expert_norm(z_SH)
+    return combine_rows(z_SH, top_k_weights, plan).to(hidden_states.dtype)
+
+
+def _has_more_of_its_own(experts: nn.Module) -> bool:
+    if getattr(experts, "has_post_expert_norm", False):
+        return True
+    names = projection_names(experts)
+    known = {*names, *(f"{name}_bias" for name in names)}
+    return any(p.requires_grad and name.split(".")[-1] not in known for name, p in experts.named_parameters())
+
+
+@lru_cache(maxsize=None)
+def _say_which(device_type: str) -> None:
+    logger.info("experts on %s run on the backend %s", device_type, pick_backend(device_type))

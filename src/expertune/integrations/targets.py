@@ -1,0 +1,191 @@
+"""What to adapt in a Mixture-of-Experts model, and a check that it was adapted.
+
+`target_modules="all-linear"` cannot see experts (they are 3-D parameters, not Linear modules) and on some models it hits
+the router instead. These functions read the model, not its name.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from expertune.layers.layout import is_experts_module, projection_names
+
+
+def get_target_parameters(model: nn.Module, *, router: bool = False) -> list[str]:
+    """Name the parameters to pass to PEFT as `target_parameters`, so that every expert is adapted.
+
+    router: also adapt the routers' weights. Returns suffixes such as "mlp.experts.gate_up_proj", sorted.
+    Raises ValueError if the model has no experts, or has experts that are not in the form of Transformers' interface.
+    """
+    strangers = [name for name, _ in _undecorated_experts(model)]
+    if strangers:
+        raise ValueError(
+            f"{type(model).__name__}: {strangers[0]} ({len(strangers)} such) stores experts outside of Transformers' "
+            "experts interface, so no expert backend applies to it; adapt attention only (target_parameters=[])"
+        )
+    experts = [(name, module) for name, module in _plain_modules(model) if is_experts_module(module)]
+    if not experts:
+        raise ValueError(f"{type(model).__name__} has no experts: it is not a Mixture-of-Experts model")
+    targets = {f"{_suffix(name)}.{parameter}" for name, module in experts for parameter in projection_names(module)}
+    if router:
+        targets |= {f"{_suffix(name)}.weight" for name, _ in _routers(model)}
+    return sorted(targets)
+
+
+def get_attention_modules(model: nn.Module) -> list[str]:
+    """Name the Linear modules of the attention blocks, for PEFT's `target_modules`: ["k_proj", "o_proj", ...]."""
+    names = set()
+    for _, module in _plain_modules(model):
+        if "attention" in type(module).__name__.lower():
+            names |= {name.split(".")[-1] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    return sorted(names)
+
+
+@dataclass(frozen=True)
+class TrainableRow:
+    """One line of the table of what trains: a part of the model, its layers and its parameter counts."""
+
+    part: str
+    num_modules: int
+    num_adapted: int
+    num_parameters: int
+    num_trainable: int
+
+
+def summarise_trainable(model: nn.Module) -> list[TrainableRow]:
+    """Count, for each part of the model (attention, experts, routers, ...), what there is and what trains."""
+    parts: dict[str, dict[str, list[int]]] = {}
+    for name, parameter in model.named_parameters():
+        part, module = _part_of(name)
+        total, trainable = parts.setdefault(part, {}).setdefault(module, [0, 0])
+        is_adapter = ".lora_" in name or ".modules_to_save." in name
+        parts[part][module] = [
+            total + (0 if is_adapter else parameter.numel()),
+            trainable + (parameter.numel() if parameter.requires_grad else 0),
+        ]
+    order = ("experts", "attention", "router", "shared experts", "dense mlp", "embeddings and head", "other")
+    return [
+        TrainableRow(
+            part=part,
+            num_modules=len(modules),
+            num_adapted=sum(trainable > 0 for _, trainable in modules.values()),
+            num_parameters=sum(total for total, _ in modules.values()),
+            num_trainable=sum(trainable for _, trainable in modules.values()),
+        )
+        for part in order
+        if (modules := parts.get(part))
+    ]
+
+
+def check_peft_model(model: nn.Module, target_parameters: list[str] | None = None) -> list[str]:
+    """List what is wrong with a PEFT model's adapters on experts; an empty list is good.
+
+    target_parameters: the suffixes that were asked for; None: both projections of every expert.
+    Finds: an expert projection without a trainable adapter, and a router's base weight that trains by accident.
+    """
+    wanted = tuple(get_target_parameters(model) if target_parameters is None else target_parameters)
+    problems = []
+    for name, experts, wrappers in _experts_with_wrappers(model):
+        for parameter in projection_names(experts):
+            if not f"{name}.{parameter}".endswith(tuple(f".{target}" for target in wanted)):
+                continue
+            wrapper = wrappers.get(parameter)
+            if wrapper is None:
+                problems.append(f"{name}.{parameter} was asked for and has no adapter")
+            elif not all(weight.requires_grad for weight in _adapter_weights(wrapper)):
+                problems.append(f"{name}.{parameter} has an adapter that is frozen")
+    problems += [
+        f"{name}.{parameter_name}: the router's own weight is trainable"
+        for name, router in _routers(model)
+        for parameter_name, parameter in router.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    return problems
+
+
+def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by the names they have without PEFT around them."""
+    for name, module in model.named_modules():
+        yield name.replace(".base_layer", "").removeprefix("base_model.model."), module
+
+
+def _experts_with_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """Every experts module with the ParamWrappers around it, by parameter name."""
+    wrappers: dict[str, dict[str, Any]] = {}
+    for name, module in _plain_modules(model):
+        if type(module).__name__ == "ParamWrapper":
+            wrappers.setdefault(name, {})[module.parameter_name] = module
+        elif is_experts_module(module):
+            yield name, module, wrappers.get(name, {})
+
+
+def _adapter_weights(wrapper: Any) -> list[Tensor]:
+    return [
+        weights[adapter].weight
+        for weights in (wrapper.lora_A, wrapper.lora_B)
+        for adapter in wrapper.active_adapters
+        if adapter in weights
+    ]
+
+
+def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The routers: the sibling of an experts module that holds a 2-D weight [experts, hidden] and is no Linear block."""
+    modules = dict(_plain_modules(model))
+    seen = set()
+    for name, module in list(modules.items()):
+        if not is_experts_module(module):
+            continue
+        block = name.rpartition(".")[0]
+        num_experts = getattr(module, projection_names(module)[0]).shape[0]
+        for sibling in ("gate", "router", "router.layer", "gate.wg"):
+            router = modules.get(f"{block}.{sibling}")
+            weight = getattr(router, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == num_experts:
+                if id(router) not in seen and isinstance(router, nn.Module):
+                    seen.add(id(router))
+                    yield f"{block}.{sibling}", router
+                break
+
+
+def _undecorated_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold 3-D expert weights without the flags of the experts interface (llama4, dbrx, ...)."""
+    for name, module in _plain_modules(model):
+        if is_experts_module(module) or type(module).__name__ == "ParamWrapper":
+            continue
+        names = {key for key, value in module.named_parameters(recurse=False) if value.dim() == 3}
+        if "expert" in type(module).__name__.lower() and names:
+            yield name, module
+
+
+def _suffix(name: str) -> str:
+    """The part of a module's name after its layer number: "model.layers.3.mlp.experts" gives "mlp.experts"."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
+
+
+def _part_of(parameter_name: str) -> tuple[str, str]:
+    """The part of the model that a parameter belongs to, and the layer that counts as one module of that part."""
+    name = parameter_name.replace(".base_layer", "")
+    module, words = name.split(".lora_")[0], set(name.lower().split("."))
+    layer = ".".join(name.split(".")[: _layer_index(name) + 1])
+    if "experts" in words and not words & {"shared_experts", "shared_expert"}:
+        return "experts", layer
+    if words & {"shared_experts", "shared_expert", "shared_mlp", "shared_expert_gate"}:
+        return "shared experts", layer
+    if any("attn" in word or "attention" in word for word in words) and "layernorm" not in module.lower():
+        return "attention", layer
+    if words & {"gate", "router"} and words & {"mlp", "block_sparse_moe", "moe", "feed_forward", "mixer"}:
+        return "router", layer
+    if words & {"mlp", "feed_forward"}:
+        return "dense mlp", layer
+    if any("embed" in word or word == "lm_head" for word in words):
+        return "embeddings and head", module
+    return "other", module
+
+
+def _layer_index(name: str) -> int:
+    parts = name.split(".")
+    return next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)

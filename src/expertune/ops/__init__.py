@@ -1,0 +1,1 @@
+"""Pure functions on tensors: no Transformers, no PEFT, no configuration, no environment."""

@@ -1,0 +1,98 @@
+"""The plan: which (token, expert) pair goes to which row, computed once and shared by every kernel.
+
+A router gives each of T tokens K expert ids. Kernels want the S = T * K pairs sorted by expert, so that the rows of an
+expert are one contiguous block. `build_plan` sorts them (stable: within an expert, tokens stay in order), without a
+host synchronisation:
+
+    expert ids [T=3, K=2]        slots 0..5 sorted by expert         rows of expert e: row_fence[e] .. row_fence[e + 1]
+    token 0: 1 0                 expert 0: slot 1        (token 0)   row_fence = [0, 1, 3, 6]
+    token 1: 2 1                 expert 1: slots 0, 3    (tokens 0, 1)
+    token 2: 2 2                 expert 2: slots 2, 4, 5 (tokens 1, 2, 2)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """The order of S = T * K routed rows, sorted by expert.
+
+    num_tokens: T. top_k: K. num_experts: E.
+    slot_of_row_S: [S] int64, the flat position `token * K + k` that row s serves.
+    row_of_slot_S: [S] int64, the inverse permutation.
+    token_of_row_S: [S] int64, `slot_of_row_S // K`: the gather index of x.
+    row_fence_F: [E + 1] int32, rows of expert e are `row_fence_F[e] : row_fence_F[e + 1]`.
+    has_sentinels: rows from `row_fence_F[E]` on may exist; they belong to another rank and contribute nothing.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    slot_of_row_S: Tensor
+    row_of_slot_S: Tensor
+    token_of_row_S: Tensor
+    row_fence_F: Tensor
+    has_sentinels: bool
+
+    @property
+    def num_rows(self) -> int:
+        """S, counting sentinel rows."""
+        return self.num_tokens * self.top_k
+
+    @property
+    def row_ends_E(self) -> Tensor:
+        """[E] int32, one past the last row of each expert: the `offs` of torch's grouped_mm."""
+        return self.row_fence_F[1:]
+
+    def expert_of_row(self) -> Tensor:
+        """[S] int64, the expert of each row; sentinel rows say E - 1 so that a gather stays in bounds."""
+        rows_S = torch.arange(self.num_rows, device=self.row_fence_F.device, dtype=torch.int32)
+        return torch.searchsorted(self.row_ends_E, rows_S, right=True).clamp_(max=self.num_experts - 1)
+
+    def sentinel_rows(self) -> Tensor:
+        """[S, 1] bool, true where a row belongs to no local expert."""
+        rows_S = torch.arange(self.num_rows, device=self.row_fence_F.device, dtype=torch.int32)
+        return (rows_S >= self.row_fence_F[-1]).unsqueeze(-1)
+
+
+def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = False) -> ExpertPlan:
+    """Sort the (token, expert) pairs of a routing decision by expert.
+
+    expert_ids_TK: [T, K] integer, the experts of each token; any strides, T may be 0.
+    num_experts: E, the number of local experts.
+    sentinels: ids below 0 or from E on are allowed and mark rows of another rank. Without it such an id is an error,
+        which is checked where looking costs no synchronisation (on the CPU).
+    Deterministic: the sort is stable. Raises ValueError on a wrong shape or dtype, or on an id out of range.
+    """
+    if expert_ids_TK.dim() != 2 or expert_ids_TK.shape[1] < 1:
+        raise ValueError(f"expert_ids_TK: got shape {tuple(expert_ids_TK.shape)}, need [tokens, experts per token]")
+    if expert_ids_TK.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"expert_ids_TK: got dtype {expert_ids_TK.dtype}, need int64 or int32")
+    if num_experts < 1:
+        raise ValueError(f"num_experts: got {num_experts}, need at least 1")
+    num_tokens, top_k = expert_ids_TK.shape
+    ids_S = expert_ids_TK.reshape(-1)
+    if sentinels:
+        ids_S = torch.where(ids_S < 0, num_experts, ids_S)
+    elif ids_S.device.type == "cpu" and ids_S.numel() and not 0 <= int(ids_S.min()) <= int(ids_S.max()) < num_experts:
+        raise ValueError(
+            f"expert_ids_TK: ids span {int(ids_S.min())} to {int(ids_S.max())}, need 0 to {num_experts - 1} "
+            "(pass sentinels=True if ids out of range mark rows of another rank)"
+        )
+    sorted_ids_S, slot_of_row_S = torch.sort(ids_S, stable=True)
+    experts_F = torch.arange(num_experts + 1, device=ids_S.device, dtype=ids_S.dtype)
+    row_of_slot_S = torch.empty_like(slot_of_row_S)
+    row_of_slot_S[slot_of_row_S] = torch.arange(slot_of_row_S.numel(), device=ids_S.device)
+    return ExpertPlan(
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        slot_of_row_S=slot_of_row_S,
+        row_of_slot_S=row_of_slot_S,
+        token_of_row_S=slot_of_row_S // top_k,
+        row_fence_F=torch.searchsorted(sorted_ids_S, experts_F, out_int32=True),
+        has_sentinels=sentinels,
+    )
