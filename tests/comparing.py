@@ -1,4 +1,4 @@
-"""One way to compare tensors: relative L2 error against an fp32 (or fp64) truth, bounded by what the same dtype can give."""
+"""One way to compare tensors: relative L2 error against an fp32 truth, bounded by what the same dtype can give."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 1e-3, torch.b
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in fp64; infinite for a shape mismatch or a NaN; exact zeros must be matched exactly."""
+    """||got - want|| / ||want|| in fp64; infinite for another shape or a NaN; exact zeros must be matched exactly."""
     if got.shape != want.shape or not bool(torch.isfinite(got).all()):
         return float("inf")
     got, want = got.double(), want.double()
@@ -18,7 +18,9 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return error / scale
 
 
-def assert_agrees(name: str, got: Tensor, want: Tensor, *, dtype: torch.dtype, same_dtype: Tensor | None = None) -> None:
+def assert_agrees(
+    name: str, got: Tensor, want: Tensor, *, dtype: torch.dtype, same_dtype: Tensor | None = None
+) -> None:
     """Fail unless `got` is as close to the truth `want` as `dtype` allows.
 
     same_dtype: the same computation done plainly in `dtype`; twice its error is then the bound, if above the floor.

@@ -14,7 +14,14 @@ from typing import Any
 from expertune.integrations.on_import import when_imported
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "check_peft_model", "get_attention_modules", "get_target_parameters", "register", "unregister"]
+__all__ = [
+    "__version__",
+    "check_peft_model",
+    "get_attention_modules",
+    "get_target_parameters",
+    "register",
+    "unregister",
+]
 
 
 def register() -> None:

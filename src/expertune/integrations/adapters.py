@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from typing import Any
 
 from torch import nn
@@ -111,6 +111,6 @@ def _runs_on_ours(experts: nn.Module) -> bool:
     return getattr(config, "_experts_implementation", None) in IMPLEMENTATIONS
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)

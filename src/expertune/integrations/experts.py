@@ -5,7 +5,8 @@ every experts class with its decorator, and the module's flags say how the weigh
 """
 
 import logging
-from functools import lru_cache, partial
+from functools import cache, partial
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -58,13 +59,13 @@ def experts_forward(
     # Transformers before 5.18 has no flag and may always pass sentinel ids.
     sentinels = bool(getattr(experts, "_is_expert_parallel", True))
     plan = build_plan(top_k_index, up.num_experts, sentinels=sentinels)
-    activation: Activation = experts._apply_gate if experts.has_gate else experts.act_fn
+    activation = cast(Activation, experts._apply_gate if experts.has_gate else experts.act_fn)
     if not _has_more_of_its_own(experts):
         return grouped_expert_mlp(hidden_states, top_k_weights, plan, up, down, activation)
     h_SJ = grouped_expert_linear(gather_rows(hidden_states, plan), up, plan)
     z_SH = grouped_expert_linear(activation(h_SJ), down, plan)
     if getattr(experts, "has_post_expert_norm", False):
-        z_SH = experts.post_expert_norm(z_SH)
+        z_SH = cast(nn.Module, experts.post_expert_norm)(z_SH)
     return combine_rows(z_SH, top_k_weights, plan).to(hidden_states.dtype)
 
 
@@ -76,6 +77,6 @@ def _has_more_of_its_own(experts: nn.Module) -> bool:
     return any(p.requires_grad and name.split(".")[-1] not in known for name, p in experts.named_parameters())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_which(device_type: str) -> None:
     logger.info("experts on %s run on the backend %s", device_type, pick_backend(device_type))

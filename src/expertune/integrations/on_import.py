@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call `action` now if module `name` is loaded, otherwise right after it is. `action` must bear being called twice."""
+    """Call `action` now if module `name` is loaded, else right after it is. `action` must bear being called twice."""
     if name in sys.modules and not getattr(getattr(sys.modules[name], "__spec__", None), "_initializing", False):
         action()
     else:

@@ -1,7 +1,7 @@
 """What to adapt in a Mixture-of-Experts model, and a check that it was adapted.
 
-`target_modules="all-linear"` cannot see experts (they are 3-D parameters, not Linear modules) and on some models it hits
-the router instead. These functions read the model, not its name.
+`target_modules="all-linear"` cannot see experts (they are 3-D parameters, not Linear modules) and on some models it
+hits the router instead. These functions read the model, not its name.
 """
 
 from collections.abc import Iterator
@@ -116,7 +116,7 @@ def _experts_with_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module, d
     wrappers: dict[str, dict[str, Any]] = {}
     for name, module in _plain_modules(model):
         if type(module).__name__ == "ParamWrapper":
-            wrappers.setdefault(name, {})[module.parameter_name] = module
+            wrappers.setdefault(name, {})[str(module.parameter_name)] = module
         elif is_experts_module(module):
             yield name, module, wrappers.get(name, {})
 
@@ -131,7 +131,7 @@ def _adapter_weights(wrapper: Any) -> list[Tensor]:
 
 
 def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The routers: the sibling of an experts module that holds a 2-D weight [experts, hidden] and is no Linear block."""
+    """The routers: siblings of an experts module that hold a 2-D weight [experts, hidden]."""
     modules = dict(_plain_modules(model))
     seen = set()
     for name, module in list(modules.items()):

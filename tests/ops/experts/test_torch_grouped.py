@@ -1,4 +1,4 @@
-"""torch_grouped against the fp32 oracle: output and every gradient, in every shape of cases.py, on the CPU and a GPU."""
+"""torch_grouped against the fp32 oracle: output and every gradient, every shape of cases.py, on the CPU and a GPU."""
 
 from dataclasses import replace
 
@@ -89,9 +89,7 @@ def test_scaling_zero_is_the_base() -> None:
     plan = build_plan(problem.expert_ids_TK, problem.case.experts)
     args = (problem.x_TH, problem.weights_TK, plan)
     adapted = grouped_expert_mlp(*args, up, down, problem.case.activation)
-    base = grouped_expert_mlp(
-        *args, replace(up, lora=None), replace(down, lora=None), problem.case.activation
-    )
+    base = grouped_expert_mlp(*args, replace(up, lora=None), replace(down, lora=None), problem.case.activation)
     assert torch.equal(adapted, base)
 
 
@@ -132,6 +130,6 @@ def test_wrong_shapes_are_named() -> None:
     short = replace(problem.up.lora, b_EYR=problem.up.lora.b_EYR[:, :-1])
     with pytest.raises(ValueError, match=r"up\.lora\.b_EYR"):
         grouped_expert_mlp(problem.x_TH, problem.weights_TK, plan, replace(problem.up, lora=short), *args[1:])
+    fewer = replace(problem.down, weight_EYX=problem.down.weight_EYX[:4], lora=None)
     with pytest.raises(ValueError, match=r"down: got 4 experts, the plan has 5"):
-        fewer = replace(problem.down, weight_EYX=problem.down.weight_EYX[:4], lora=None)
         grouped_expert_mlp(problem.x_TH, problem.weights_TK, plan, problem.up, fewer, problem.case.activation)

@@ -4,7 +4,7 @@
     z   = W2[e] act(h) + b2[e] + s2 B2[e] (A2[e] act(h))
     y_t = sum over the K experts e of token t of  p_te * z
 
-It is slow and holds every intermediate: every other backend is compared with it, value by value and gradient by gradient.
+It is slow and holds every intermediate; every other backend is compared with it, each value and each gradient.
 """
 
 import torch

@@ -18,6 +18,7 @@ recomputed. FLOPs: 2 S (J H + H I) forward, the same again for dx, plus the skin
 Everything runs in the dtype of the weights; sums inside a product are fp32. Deterministic: no atomics.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -98,8 +99,9 @@ class _Flat(NamedTuple):
 
 
 def _flatten(projection: ExpertProjection) -> _Flat:
-    lora = projection.lora
-    return _Flat(projection.weight_EYX, projection.bias_EY, lora and lora.a_ERX, lora and lora.b_EYR)
+    if projection.lora is None:
+        return _Flat(projection.weight_EYX, projection.bias_EY, None, None)
+    return _Flat(projection.weight_EYX, projection.bias_EY, projection.lora.a_ERX, projection.lora.b_EYR)
 
 
 def _unflatten(flat: _Flat, scaling: float) -> ExpertProjection:
@@ -291,9 +293,8 @@ def _aligned(operand: Tensor) -> bool:
 
 def _row_blocks(plan: ExpertPlan) -> list[tuple[int, slice]]:
     """(expert, its rows) of every expert that has rows; reads the fence on the host, which synchronises a GPU."""
-    fence = plan.row_fence_F.tolist()
-    pairs = zip(fence[:-1], fence[1:], strict=True)
-    return [(expert, slice(first, end)) for expert, (first, end) in enumerate(pairs) if end > first]
+    fence = pairwise(plan.row_fence_F.tolist())
+    return [(expert, slice(first, end)) for expert, (first, end) in enumerate(fence) if end > first]
 
 
 def _lora_operands(lora: ExpertLora, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,9 +332,7 @@ def _no_autocast(rows: Tensor) -> torch.autocast:
     return torch.autocast(rows.device.type, enabled=False)
 
 
-def _check(
-    x_TH: Tensor, weights_TK: Tensor, plan: ExpertPlan, up: ExpertProjection, down: ExpertProjection
-) -> None:
+def _check(x_TH: Tensor, weights_TK: Tensor, plan: ExpertPlan, up: ExpertProjection, down: ExpertProjection) -> None:
     up.check("up")
     down.check("down")
     if x_TH.shape != (plan.num_tokens, up.weight_EYX.shape[2]):

@@ -1,0 +1,48 @@
+# make quickstart   set up, fine-tune the small MoE that ships with the repository, show what changed
+# make test         set up, run the tests
+# make check        lint and types
+#
+# VENV=             uses $(PYTHON) as it is, with whatever is installed there, instead of making a virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := PYTHONPATH=src:$$PYTHONPATH $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: quickstart test check setup clean
+
+quickstart: $(READY)
+	$(PY) -m expertune train examples/quickstart.yaml
+
+test: $(READY)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+setup: $(READY)
+
+# Redone only when the dependencies change. Without an NVIDIA GPU torch comes first and by version: a plain torch, also
+# as another package's dependency, may bring gigabytes of CUDA libraries.
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "expertune needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=python3.12"; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "python's venv module is missing (on Debian: apt-get install python3-venv)"; rm -rf $(VENV); exit 1; }
+	@if nvidia-smi -L >/dev/null 2>&1; then torch="torch>=2.11,<3"; else torch="torch==2.13.0"; fi; \
+		echo "installing $$torch, then expertune and its dependencies into $(VENV) (once, a few minutes)"; \
+		$(PY) -m pip install --quiet --disable-pip-version-check "$$torch" && \
+		$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

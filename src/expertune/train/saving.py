@@ -1,0 +1,102 @@
+"""Folders that are either whole or not there: written under a temporary name, flushed, then renamed.
+
+A run killed at any moment leaves complete checkpoints and at most one temporary folder, which the next start removes.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from expertune.errors import ConfigError
+
+CHECKPOINT_PREFIX = "checkpoint-"
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a new empty folder that becomes `target` when the block ends without an error; else it is removed.
+
+    A folder that stands at `target` is replaced only once the new one is complete.
+    """
+    partial = target.parent / f"{_PARTIAL}{target.name}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        _flush(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replaced = target.parent / f"{_REPLACED}{target.name}"
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    partial.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is either the old one or the new one, never half of it."""
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def tidy(folder: Path) -> list[str]:
+    """Finish or remove what a killed run left half done in a run folder; returns what was done, in words."""
+    done = []
+    for replaced in folder.glob(f"{_REPLACED}*"):
+        target = folder / replaced.name.removeprefix(_REPLACED)
+        if target.exists():
+            shutil.rmtree(replaced)
+        else:  # killed between the two renames: the old one is the newest whole one
+            replaced.rename(target)
+            done.append(f"restored {target.name}, whose replacement was not finished")
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+        done.append(f"removed {partial.name.removeprefix(_PARTIAL)}, which an interrupted run had half written")
+    return done
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest step first."""
+    found = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if (path / "trainer_state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+
+
+def check_output_dir(folder: Path, need_bytes: int) -> None:
+    """Raise ConfigError unless the folder can be made, written and renamed in, and has `need_bytes` free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{_PARTIAL}probe"
+        probe.write_bytes(b"x" * 4096)
+        probe.replace(folder / f"{_PARTIAL}probe2")
+        (folder / f"{_PARTIAL}probe2").unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be written ({error.strerror or error}). Choose another output_dir."
+        ) from error
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < need_bytes:
+        raise ConfigError(
+            f"output_dir: {folder} has {free_bytes / 2**20:.0f} MiB free, and the checkpoints to be kept need about "
+            f"{need_bytes / 2**20:.0f} MiB. Free some space, choose another output_dir, or lower save_total_limit."
+        )
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,63 @@
+"""TRL's SFTTrainer with two things changed: checkpoints appear whole, and the log has speed and memory."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from expertune.train.memory import peak_memory_bytes
+from expertune.train.saving import CHECKPOINT_PREFIX, whole_folder
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer that writes every checkpoint under a temporary name and renames it, and logs tokens/s and memory.
+
+    Log keys added to each training log: `tokens_per_second` (tokens of the batch, padding left out, since the last log)
+    and `peak_memory_gib` (of the GPU, or of the process on a CPU).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._writing_to: Path | None = None
+        self._last_log: tuple[float, float] | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing_to) if self._writing_to else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self.args.output_dir)
+        name = f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        with whole_folder(run_dir / name) as partial:
+            # Trainer makes run_dir/checkpoint-N and then rotates run_dir: give it an empty run_dir of its own
+            self._writing_to = partial / "run"
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing_to = None
+            for path in (partial / "run" / name).iterdir():
+                path.rename(partial / path.name)
+            (partial / "run" / name).rmdir()
+            (partial / "run").rmdir()
+        rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=False)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no model card of TRL's into the run folder: the report and the resolved configuration say more."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._last_log = None
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._last_log is None:
+            self._last_log = (time.perf_counter(), self._total_train_tokens)
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._last_log is not None:
+            now, (then, tokens_then) = time.perf_counter(), self._last_log
+            logs["tokens_per_second"] = round((self._total_train_tokens - tokens_then) / max(now - then, 1e-9), 1)
+            logs["peak_memory_gib"] = round(peak_memory_bytes() / 2**30, 3)
+            self._last_log = None
+        super().log(logs, start_time)
