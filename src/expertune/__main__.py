@@ -1,0 +1,5 @@
+"""`python -m expertune` is the command line."""
+
+from expertune.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""The command line: `expertune train`, `eval`, `generate`, `merge`, `doctor`, `config`."""

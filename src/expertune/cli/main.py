@@ -1,0 +1,197 @@
+"""The commands. Each imports what it needs when it runs, so that `--help` and a wrong configuration answer at once.
+
+Exit codes: 0 done, 1 failed (or stopped by a signal), 2 wrong use: arguments, configuration or data.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from expertune.cli.failing import reporting_errors
+
+app = typer.Typer(
+    name="expertune",
+    help="Fast, exact LoRA fine-tuning of Mixture-of-Experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+)
+
+ConfigOrRun = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the output_dir of a run.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in --set lora_r=32. May be repeated."),
+]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", help="An adapter's folder instead of the run's own.", show_default=False)
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+) -> None:
+    """Fine-tune as CONFIG says; leaves the adapter, checkpoints and a report in its output_dir."""
+    console = Console()
+    with reporting_errors():
+        from expertune.train.config import load_config
+
+        loaded = load_config(config, overrides or [])
+        for note in loaded.notes:
+            console.print(f"note: {note}", markup=False)
+
+        from expertune.cli.quiet import quiet_libraries
+        from expertune.cli.render import print_run_report, program
+        from expertune.train.run import train as run_training
+
+        quiet_libraries()
+        again = [program(), "train", str(config), *(f"--set {shlex.quote(item)}" for item in overrides or []), "--resume"]
+        report = run_training(loaded.config, console, resume=resume, resume_command=" ".join(again))
+        print_run_report(report, Path(loaded.config.output_dir), console)
+
+
+@app.command("eval")
+def evaluate(config: ConfigOrRun, adapter: Adapter = None, overrides: Overrides = None) -> None:
+    """Compute the held-out loss of the base model and of the adapter."""
+    console = Console()
+    with reporting_errors():
+        from expertune.cli.quiet import quiet_libraries
+        from expertune.train.evaluate import evaluate as run_evaluation
+        from expertune.train.use import config_of
+
+        quiet_libraries()
+        losses = run_evaluation(config_of(config, overrides or []), console, adapter=adapter)
+        console.print(f"held-out loss of the base model    {losses['base']:.4f}")
+        console.print(f"held-out loss with the adapter     {losses['adapter']:.4f}")
+
+
+@app.command()
+def generate(
+    config: ConfigOrRun,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this and exit; without it, chat.", show_default=False)
+    ] = None,
+    adapter: Adapter = None,
+    base: Annotated[bool, typer.Option("--base", help="Use the base model without an adapter.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    overrides: Overrides = None,
+) -> None:
+    """Answer one prompt, or hold a chat (an empty line or Ctrl-D ends it)."""
+    console = Console()
+    with reporting_errors():
+        from expertune.cli.quiet import quiet_libraries
+        from expertune.train.generation import reply
+        from expertune.train.use import config_of, find_adapter, load_for_use
+
+        quiet_libraries()
+        settings = config_of(config, overrides or [])
+        loaded = load_for_use(settings, adapter=None if base else find_adapter(settings, adapter))
+        stop_tokens = tuple(settings.eot_tokens or ())
+
+        def answer(to: str | list[dict[str, str]]) -> str:
+            return reply(
+                loaded.model,
+                loaded.tokenizer,
+                to,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stop_tokens=stop_tokens,
+            )
+
+        if prompt is not None:
+            console.print(answer(prompt), markup=False)
+            return
+        messages: list[dict[str, str]] = []
+        while line := _ask(console):
+            messages.append({"role": "user", "content": line})
+            text = answer(messages if loaded.tokenizer.chat_template else line)
+            messages.append({"role": "assistant", "content": text})
+            console.print(text, markup=False)
+
+
+@app.command()
+def merge(
+    config: ConfigOrRun,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the checkpoint.", show_default=False)],
+    adapter: Adapter = None,
+    overrides: Overrides = None,
+) -> None:
+    """Merge the adapter into a full checkpoint, and check it against the unmerged model."""
+    console = Console()
+    with reporting_errors():
+        from expertune.cli.quiet import quiet_libraries
+        from expertune.train.merge import merge as run_merge
+        from expertune.train.use import config_of, find_adapter
+
+        quiet_libraries()
+        settings = config_of(config, overrides or [])
+        report = run_merge(settings, find_adapter(settings, adapter), output)
+        console.print(
+            f"merged into {report.folder}; read back, its logits differ from the unmerged model's by "
+            f"{report.relative_error:.1e} (allowed: {report.tolerance:.0e}; the adapter itself changes them by "
+            f"{report.adapter_effect:.1e})",
+            markup=False,
+        )
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the GPU, and which expert backends can run here, or why not."""
+    with reporting_errors():
+        from expertune.cli.doctor import print_doctor
+
+        print_doctor(Console())
+
+
+@app.command("config")
+def show_config(
+    key: Annotated[str | None, typer.Argument(help="Only this key, or keys that contain it.", show_default=False)] = None,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema instead.")] = False,
+) -> None:
+    """List every key of a configuration with its type, default and meaning."""
+    with reporting_errors():
+        from expertune.cli.render import print_config_keys, print_json_schema
+
+        if json_schema:
+            print_json_schema()
+        else:
+            print_config_keys(Console(), key)
+
+
+def _ask(console: Console) -> str:
+    try:
+        return console.input("[bold]you:[/] ").strip()
+    except EOFError:
+        return ""
+
+
+def _version(show: bool) -> None:
+    if show:
+        import expertune
+
+        typer.echo(f"expertune {escape(expertune.__version__)}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fast, exact LoRA fine-tuning of Mixture-of-Experts language models."""
+
+
+def main() -> None:
+    """Entry point of the `expertune` command."""
+    app()

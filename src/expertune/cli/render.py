@@ -1,0 +1,69 @@
+"""What the commands print at their end."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from expertune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from expertune.train.run import RunReport
+
+
+def program() -> str:
+    """How to call this program again from the same place: `expertune`, or the path of it in its virtual environment."""
+    if shutil.which("expertune"):
+        return "expertune"
+    script = Path(sys.executable).parent / "expertune"
+    return os.path.relpath(script) if script.is_file() else "python -m expertune"
+
+
+def print_run_report(report: "RunReport", output_dir: Path, console: Console) -> None:
+    """Print held-out loss and samples before and after, where everything is, and what to type next."""
+    for index, (prompt, after) in enumerate(report.samples_after):
+        before = report.samples_before[index][1] if index < len(report.samples_before) else "(not sampled: resumed)"
+        text = Text.assemble(
+            (prompt + "\n", "dim"), ("before: ", "bold"), f"{before}\n", ("after:  ", "bold green"), after
+        )
+        console.print(Panel(text, title=f"sample {index + 1}", title_align="left"))
+    before, after_loss = report.heldout_loss_before, report.heldout_loss_after
+    if after_loss is not None:
+        console.print(f"held-out loss {f'{before:.4f} → ' if before is not None else ''}[bold]{after_loss:.4f}[/]")
+    console.print(
+        f"{report.steps} steps in {report.seconds:.0f} s, {report.trainable_parameters:,} parameters trained, "
+        f"peak memory {report.peak_memory_gib:.2f} GiB, experts on {report.experts_backend}",
+        markup=False,
+    )
+    console.print(f"adapter: {output_dir / 'adapter'}", markup=False)
+    console.print(f"next:    {program()} generate {output_dir}", markup=False)
+    console.print(f"         {program()} merge {output_dir} --output {output_dir / 'merged'}", markup=False)
+
+
+def print_config_keys(console: Console, only: str | None) -> None:
+    """Print the keys of the configuration, section by section."""
+    from expertune.train.config import iter_keys
+
+    keys = [key for key in iter_keys() if only is None or only in key.path]
+    if not keys:
+        raise ConfigError(f"no key contains {only!r}; `expertune config` lists them all")
+    for section in dict.fromkeys(key.section for key in keys):
+        table = Table("key", "type", "default", "meaning", title=section, title_justify="left", expand=True)
+        for key in keys:
+            if key.section == section:
+                table.add_row(Text(key.path, "bold"), Text(key.type), Text(key.default), Text(key.meaning))
+        console.print(table)
+
+
+def print_json_schema() -> None:
+    """Print the JSON schema, for editors that complete YAML."""
+    from expertune.train.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,42 @@
+"""Held-out loss of a configuration's data, with an adapter and without."""
+
+import tempfile
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+
+from expertune.errors import ConfigError
+from expertune.train.arguments import sft_config
+from expertune.train.config import TrainConfig
+from expertune.train.model import load_adapter, load_model
+from expertune.train.prepare import prepare
+from expertune.train.trainer import Trainer
+from expertune.train.use import find_adapter
+
+
+def evaluate(config: TrainConfig, console: Console, *, adapter: str | None) -> dict[str, float]:
+    """Compute the held-out loss in nats per trained token: {"base": ..., "adapter": ...}.
+
+    adapter: a folder; None: the run's own. Raises ConfigError if the configuration holds no row out.
+    """
+    if not config.test_datasets and not config.val_set_size:
+        raise ConfigError("val_set_size, test_datasets: neither is set, so there is nothing held out to evaluate")
+    folder = find_adapter(config, Path(adapter) if adapter else None)
+    prepared = prepare(config, console)
+    assert prepared.heldout is not None
+    model: PeftModel = load_adapter(load_model(config), folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = sft_config(
+            config.model_copy(update={"output_dir": scratch, "report_to": ()}), prepared.plan, has_heldout=True
+        )
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=prepared.heldout.dataset,
+            eval_dataset=prepared.heldout.dataset,
+            processing_class=prepared.tokenizer,
+        )
+        with model.disable_adapter():
+            base = trainer.evaluate()["eval_loss"]
+        return {"base": base, "adapter": trainer.evaluate()["eval_loss"]}

@@ -1,0 +1,75 @@
+"""An adapter merged into a full checkpoint, and the proof that it is the same model."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from expertune.errors import ConfigError, ExpertuneError
+from expertune.train.config import TrainConfig
+from expertune.train.model import load_adapter, load_model, load_tokenizer
+from expertune.train.saving import whole_folder
+
+# Merging rounds W + s B A to the dtype of W once a weight; the logits then differ by a few such roundings.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+NUM_CHECK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """relative_error: ||merged - unmerged|| / ||unmerged|| of the logits. adapter_effect: the same of base - unmerged."""
+
+    folder: Path
+    relative_error: float
+    tolerance: float
+    adapter_effect: float
+
+
+def merge(config: TrainConfig, adapter: Path, output: Path) -> MergeReport:
+    """Write the base model with the adapter merged in, as plain Transformers loads it.
+
+    The merged model is read back from disk, with Transformers' own experts, and its logits on random tokens are
+    compared with the unmerged model's; only then does the folder get its name. Raises ConfigError if `output` exists,
+    ExpertuneError if the merged model is another model.
+    """
+    if output.exists():
+        raise ConfigError(f"--output: {output} exists; choose another folder or delete it")
+    tokenizer = load_tokenizer(config)
+    model = load_adapter(load_model(config), adapter)
+    ids = torch.randint(
+        model.config.get_text_config().vocab_size,
+        (1, NUM_CHECK_TOKENS),
+        generator=torch.Generator().manual_seed(config.seed),
+    ).to(model.device)
+    unmerged = _logits(model, ids)
+    with model.disable_adapter():
+        adapter_effect = _relative(_logits(model, ids), unmerged)
+    dtype = model.dtype
+    with whole_folder(output) as folder:
+        model.merge_and_unload(safe_merge=True).save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        device = model.device
+        del model
+        gc.collect()
+        reread = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, trust_remote_code=config.trust_remote_code
+        ).to(device)
+        error = _relative(_logits(reread, ids), unmerged)
+        if not error <= TOLERANCE[dtype]:
+            raise ExpertuneError(
+                f"the merged model differs from the unmerged one by {error:.1e} in the logits "
+                f"(allowed in {dtype}: {TOLERANCE[dtype]:.0e}); nothing was written"
+            )
+    return MergeReport(output, error, TOLERANCE[dtype], adapter_effect)
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    return model.eval()(input_ids=ids).logits.float()
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()

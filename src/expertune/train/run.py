@@ -1,0 +1,189 @@
+"""One training run, from a configuration to an adapter on disk."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+from expertune.errors import ConfigError, ExpertuneError
+from expertune.integrations.backends import AUTO, pick_backend
+from expertune.integrations.targets import summarise_trainable
+from expertune.train.arguments import set_intervals, sft_config
+from expertune.train.callbacks import ShowProgress, Stopped, StopOnSignal
+from expertune.train.config import TrainConfig, resolved_yaml
+from expertune.train.generation import reply
+from expertune.train.memory import peak_memory_bytes
+from expertune.train.model import add_adapter, load_model
+from expertune.train.prepare import Prepared, prepare
+from expertune.train.saving import check_output_dir, checkpoints, tidy, whole_folder, write_whole
+from expertune.train.trainer import Trainer
+
+ADAPTER = "adapter"
+RESOLVED_CONFIG = "expertune.yaml"
+REPORT = "report.json"
+
+
+@dataclass
+class RunReport:
+    """What a run did, as `report.json` has it. Losses are nats per trained token; `samples` are (prompt, reply)."""
+
+    base_model: str
+    experts_backend: str
+    trainable_parameters: int = 0
+    resumed_from: str | None = None
+    steps: int = 0
+    heldout_loss_before: float | None = None
+    heldout_loss_after: float | None = None
+    train_loss: float | None = None
+    seconds: float = 0.0
+    peak_memory_gib: float = 0.0
+    samples_before: list[tuple[str, str]] = field(default_factory=list)
+    samples_after: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Interrupted(ExpertuneError):
+    """The run was stopped by a signal; everything worth keeping is saved."""
+
+
+def train(config: TrainConfig, console: Console, *, resume_command: str, resume: bool = False) -> RunReport:
+    """Fine-tune, and leave in `output_dir`: the adapter, the resolved configuration, checkpoints, a report.
+
+    resume: continue from the newest checkpoint in output_dir (or from config.resume_from_checkpoint).
+    resume_command: what to type to continue, said when a signal stops the run.
+    Raises ConfigError or DataError before training if anything is wrong; Interrupted after a signal.
+    """
+    output_dir = Path(config.output_dir)
+    checkpoint = _checkpoint_to_resume(config, output_dir, resume)
+    check_output_dir(output_dir, need_bytes=0)
+    for line in tidy(output_dir):
+        console.print(f"{output_dir}: {line}", markup=False)
+    prepared = prepare(config, console)
+    set_seed(config.seed)
+    model = add_adapter(load_model(config), config)
+    _print_what_trains(model, config, console)
+    check_output_dir(output_dir, need_bytes=_checkpoint_bytes(model, config))
+    stop, progress = StopOnSignal(), ShowProgress(console)
+    trainer = _trainer(model, prepared, config, stop, progress)
+    write_whole(output_dir / RESOLVED_CONFIG, resolved_yaml(config))
+    report = RunReport(
+        base_model=config.base_model,
+        experts_backend=_backend_in_words(config),
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        resumed_from=str(checkpoint) if checkpoint else None,
+    )
+    start = time.perf_counter()
+    try:
+        with stop.listening():
+            if checkpoint is None:
+                _look("before", trainer, prepared, config, report, console)
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if stop.received is None:
+                _look("after", trainer, prepared, config, report, console)
+    except Stopped:
+        pass
+    finally:
+        progress.close()
+    if stop.received is not None:
+        _raise_interrupted(stop.received, output_dir, trainer.state.global_step, resume_command)
+    with whole_folder(output_dir / ADAPTER) as folder:
+        model.save_pretrained(str(folder))
+        prepared.tokenizer.save_pretrained(str(folder))
+    report.steps, report.train_loss = trainer.state.global_step, result.training_loss
+    report.seconds, report.peak_memory_gib = time.perf_counter() - start, peak_memory_bytes() / 2**30
+    write_whole(output_dir / REPORT, json.dumps(asdict(report), indent=2) + "\n")
+    return report
+
+
+def _checkpoint_to_resume(config: TrainConfig, output_dir: Path, resume: bool) -> Path | None:
+    if config.resume_from_checkpoint is not None:
+        folder = Path(config.resume_from_checkpoint)
+        if not (folder / "trainer_state.json").is_file():
+            raise ConfigError(f"resume_from_checkpoint: {folder} is no checkpoint (no trainer_state.json)")
+        return folder
+    found = checkpoints(output_dir) if output_dir.is_dir() else []
+    if resume:
+        if not found:
+            raise ConfigError(f"--resume: {output_dir} has no checkpoint; start without --resume")
+        return found[-1]
+    if found or (output_dir / ADAPTER).exists():
+        raise ConfigError(
+            f"output_dir: {output_dir} holds an earlier run. Continue it with --resume, choose another output_dir, "
+            "or delete it."
+        )
+    return None
+
+
+def _trainer(
+    model: PeftModel, prepared: Prepared, config: TrainConfig, stop: StopOnSignal, progress: ShowProgress
+) -> Trainer:
+    args = sft_config(config, prepared.plan, has_heldout=prepared.heldout is not None)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.train.dataset,
+        eval_dataset=prepared.heldout.dataset if prepared.heldout is not None else None,
+        processing_class=prepared.tokenizer,
+        callbacks=[stop, progress],
+    )
+    batches = len(trainer.get_train_dataloader())
+    set_intervals(args, config, max(1, batches // config.gradient_accumulation_steps))
+    return trainer
+
+
+def _look(
+    when: str, trainer: Trainer, prepared: Prepared, config: TrainConfig, report: RunReport, console: Console
+) -> None:
+    """Held-out loss and samples, before or after training, into the report."""
+    if prepared.heldout is not None and (when == "after" or config.eval_on_start):
+        loss = trainer.evaluate()["eval_loss"]
+        setattr(report, f"heldout_loss_{when}", loss)
+    for prompt in config.sample_prompts:
+        text = reply(
+            trainer.model,
+            prepared.tokenizer,
+            prompt,
+            max_new_tokens=config.sample_max_new_tokens,
+            stop_tokens=tuple(config.eot_tokens or ()),
+        )
+        getattr(report, f"samples_{when}").append((prompt, text))
+
+
+def _print_what_trains(model: PeftModel, config: TrainConfig, console: Console) -> None:
+    table = Table("part", "modules", "adapted", "parameters", "trainable", title="what trains")
+    for row in summarise_trainable(model):
+        table.add_row(
+            row.part,
+            str(row.num_modules),
+            str(row.num_adapted) if row.num_adapted else "frozen",
+            f"{row.num_parameters:,}",
+            f"{row.num_trainable:,}",
+        )
+    console.print(table)
+    console.print(f"experts run on: {_backend_in_words(config)}", markup=False)
+
+
+def _backend_in_words(config: TrainConfig) -> str:
+    if config.experts_implementation == AUTO:
+        return f"{pick_backend()} (the best that runs here)"
+    return config.experts_implementation
+
+
+def _checkpoint_bytes(model: PeftModel, config: TrainConfig) -> int:
+    """What the checkpoints that are kept at one time, the one being written and the final adapter will take."""
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    one_checkpoint = 3 * trainable + 2**24  # adapter and two Adam moments; tokenizer and states: 16 MiB is ample
+    return one_checkpoint * ((config.save_total_limit or 1) + 1) + trainable
+
+
+def _raise_interrupted(signal_name: str, output_dir: Path, step: int, resume_command: str) -> None:
+    found = checkpoints(output_dir)
+    if not found:
+        raise Interrupted(f"stopped by {signal_name} before the first step; nothing was trained, so nothing is lost")
+    raise Interrupted(
+        f"stopped by {signal_name} at step {step}; saved {found[-1]}.\nContinue with: {resume_command}"
+    )
