@@ -6,14 +6,13 @@ version that has the file. Nothing is imported: signatures and docstrings are re
 
 import ast
 import hashlib
-import inspect
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Not the standard library's own text (site-packages, pip in ensurepip), tables (encodings), or samples broken on purpose.
+# Not the library's own text (site-packages, pip in ensurepip), tables (encodings), samples broken on purpose.
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "encodings", "ensurepip", "data", "badsyntax", "encoded_modules"}
 SKIPPED_FILES = {"pydoc_data/topics.py"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
@@ -21,8 +20,8 @@ TEST_FOLDERS = {"test", "tests", "idle_test"}
 LARGEST_TEST_SHARE = 0.5
 # 6 % of the files give 150 to 300 held-out instruction rows.
 HELD_OUT_PER_MILLE = 60
-# Longer files are nearly all tables of expected values.
-MAX_FILE_BYTES = 300_000
+# In characters. Longer files are nearly all tables of expected values.
+MAX_FILE_LENGTH = 300_000
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -51,7 +50,7 @@ class SourceFile:
 class Documented:
     """A module, class or function that has a docstring.
 
-    name: dotted, without the module. signature: `(a, b=1)` of a function, else empty. docstring: its indentation removed.
+    name: dotted, without the module. signature: `(a, b=1)` of a function, else empty. docstring: indentation removed.
     """
 
     node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -79,8 +78,8 @@ def parse(text: str) -> ast.Module:
 def find_sources(root: Path | None = None) -> list[SourceFile]:
     """Every usable source file below `root` (default: this Python's standard library), sorted by path.
 
-    Left out: what is not UTF-8, does not parse, is empty, is longer than MAX_FILE_BYTES or has more than 1 % of characters
-    beyond ASCII, and test files beyond LARGEST_TEST_SHARE, in the order of their hashes.
+    Left out: what is not UTF-8, does not parse, is empty, is longer than MAX_FILE_LENGTH or has more than 1 % of
+    characters beyond ASCII, and test files beyond LARGEST_TEST_SHARE, in the order of their hashes.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     library, tests = [], []
@@ -131,8 +130,14 @@ def _readable(file: Path) -> str | None:
         parse(text)
     except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
         return None
-    beyond_ascii = sum(not character.isascii() for character in text)
-    if not text.strip() or len(text) > MAX_FILE_BYTES or beyond_ascii > 0.01 * len(text) or START in text or END in text:
+    beyond_ascii = 0 if text.isascii() else sum(not character.isascii() for character in text)
+    if (
+        not text.strip()
+        or len(text) > MAX_FILE_LENGTH
+        or beyond_ascii > 0.01 * len(text)
+        or START in text
+        or END in text
+    ):
         return None
     return text
 
@@ -145,6 +150,6 @@ def _documented_in(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[D
         docstring = ast.get_docstring(node)
         if docstring:
             signature = "" if is_class else f"({ast.unparse(node.args)})"
-            yield Documented(node, prefix + node.name, signature, inspect.cleandoc(docstring))
+            yield Documented(node, prefix + node.name, signature, docstring)
         if is_class:
             yield from _documented_in(node, f"{prefix}{node.name}.")

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 VOCAB_SIZE = 4096
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# A newline takes the indentation after it, so that "\n        " is one token at any usual depth; a word takes the space,
-# underscore or dot before it (" word", "_case", ".append"); other runs of spaces stay together.
+# A newline takes the indentation after it, so that "\n        " is one token at any usual depth; a word takes the
+# space, underscore or dot before it (" word", "_case", ".append"); other runs of spaces stay together.
 PIECES = r"\n+ *|[ _.]?\p{L}[\p{L}\p{M}]*|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # TRL's markers: the assistant's content and the <|im_end|> that closes it are what a model is trained to write.

@@ -68,8 +68,7 @@ def _devices() -> list[tuple[str, str]]:
             (
                 f"cuda:{index}",
                 f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, "
-                f"{gpu.multi_processor_count} multiprocessors, {gpu.shared_memory_per_block_optin // 1024} KiB shared "
-                f"memory a block, CUDA {torch.version.cuda}",
+                f"{gpu.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}",
             )
         )
     return devices

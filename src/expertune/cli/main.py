@@ -54,7 +54,13 @@ def train(
         from expertune.train.run import train as run_training
 
         quiet_libraries()
-        again = [program(), "train", str(config), *(f"--set {shlex.quote(item)}" for item in overrides or []), "--resume"]
+        again = [
+            program(),
+            "train",
+            str(config),
+            *(f"--set {shlex.quote(item)}" for item in overrides or []),
+            "--resume",
+        ]
         report = run_training(loaded.config, console, resume=resume, resume_command=" ".join(again))
         print_run_report(report, Path(loaded.config.output_dir), console)
 
@@ -122,7 +128,9 @@ def generate(
 @app.command()
 def merge(
     config: ConfigOrRun,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the checkpoint.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A new folder for the checkpoint.", show_default=False)
+    ],
     adapter: Adapter = None,
     overrides: Overrides = None,
 ) -> None:
@@ -155,7 +163,9 @@ def doctor() -> None:
 
 @app.command("config")
 def show_config(
-    key: Annotated[str | None, typer.Argument(help="Only this key, or keys that contain it.", show_default=False)] = None,
+    key: Annotated[
+        str | None, typer.Argument(help="Only this key, or keys that contain it.", show_default=False)
+    ] = None,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema instead.")] = False,
 ) -> None:
     """List every key of a configuration with its type, default and meaning."""

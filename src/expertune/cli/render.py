@@ -29,9 +29,9 @@ def program() -> str:
 def print_run_report(report: "RunReport", output_dir: Path, console: Console) -> None:
     """Print held-out loss and samples before and after, where everything is, and what to type next."""
     for index, (prompt, after) in enumerate(report.samples_after):
-        before = report.samples_before[index][1] if index < len(report.samples_before) else "(not sampled: resumed)"
+        earlier = report.samples_before[index][1] if index < len(report.samples_before) else "(not sampled: resumed)"
         text = Text.assemble(
-            (prompt + "\n", "dim"), ("before: ", "bold"), f"{before}\n", ("after:  ", "bold green"), after
+            (prompt + "\n", "dim"), ("before: ", "bold"), f"{earlier}\n", ("after:  ", "bold green"), after
         )
         console.print(Panel(text, title=f"sample {index + 1}", title_align="left"))
     before, after_loss = report.heldout_loss_before, report.heldout_loss_after
@@ -58,7 +58,7 @@ def print_config_keys(console: Console, only: str | None) -> None:
         table = Table("key", "type", "default", "meaning", title=section, title_justify="left", expand=True)
         for key in keys:
             if key.section == section:
-                table.add_row(Text(key.path, "bold"), Text(key.type), Text(key.default), Text(key.meaning))
+                table.add_row(Text(key.path, "bold"), Text(key.needs), Text(key.default), Text(key.meaning))
         console.print(table)
 
 

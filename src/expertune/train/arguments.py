@@ -6,83 +6,60 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from expertune.train.config import TrainConfig
+from expertune.train.config import TrainConfig, training_arguments
 from expertune.train.data import LossPlan
 from expertune.train.model import compute_dtype
 
 
-def sft_config(config: TrainConfig, plan: LossPlan, *, has_heldout: bool) -> SFTConfig:
-    """Translate the configuration; steps between saves and evaluations are set later, by `set_intervals`."""
+def sft_config(config: TrainConfig, plan: LossPlan, *, output_dir: str | None = None) -> SFTConfig:
+    """Translate a settled configuration; steps given per epoch are set later, by `set_intervals`.
+
+    output_dir: instead of the configuration's.
+    """
     dtype, on_gpu = compute_dtype(config), torch.cuda.is_available()
-    warmup = config.warmup_steps if config.warmup_steps is not None else config.warmup_ratio
-    options: dict[str, Any] = {
-        "output_dir": config.output_dir,
-        "seed": config.seed,
+    decided: dict[str, Any] = {
+        "output_dir": output_dir or config.output_dir,
         "data_seed": config.seed,
-        # batches and steps
-        "per_device_train_batch_size": config.micro_batch_size,
-        "per_device_eval_batch_size": config.eval_batch_size or config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "num_train_epochs": config.num_epochs,
-        "max_steps": config.max_steps if config.max_steps is not None else -1,
-        # optimizer
-        "optim": config.optimizer,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler,
-        "warmup_steps": warmup if warmup is not None else 0,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        # precision and memory
+        "warmup_steps": config.warmup_steps if config.warmup_steps is not None else config.warmup_ratio,
         "use_cpu": not on_gpu,
         "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "tf32": config.tf32 if on_gpu and isinstance(config.tf32, bool) else None,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "tf32": _tf32(config, on_gpu),
+        "dataloader_pin_memory": config.dataloader_pin_memory and on_gpu,
         "gradient_checkpointing_kwargs": dict(config.gradient_checkpointing_kwargs or {"use_reentrant": False}),
-        "activation_offloading": config.activation_offloading,
-        "torch_compile": config.torch_compile,
-        "dataloader_num_workers": config.dataloader_num_workers,
-        "dataloader_pin_memory": on_gpu,
-        # data
-        "max_length": config.sequence_len,
-        "packing": config.sample_packing,
-        "eval_packing": config.eval_sample_packing,
-        **plan.sft_options(),
-        # losses
-        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "pad_to_multiple_of": config.sequence_len if config.pad_to_sequence_len else None,
         "prediction_loss_only": True,
-        # saving and logging; "steps" with the numbers that set_intervals puts in
-        "save_strategy": "steps",
-        "eval_strategy": "steps" if has_heldout and _evaluates(config) else "no",
-        "save_total_limit": config.save_total_limit,
-        "logging_steps": config.logging_steps,
+        "save_strategy": config.save_strategy,
+        "eval_strategy": config.eval_strategy,
+        "report_to": list(config.report_to or ()) or "none",
         "logging_first_step": True,
-        "report_to": list(config.report_to) or "none",
         "disable_tqdm": True,
-        "project": config.wandb_project or "expertune",
-        "run_name": config.wandb_name,
+        **plan.sft_options(),
     }
-    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if getattr(config, name) is not None:
-            options[name] = getattr(config, name)
-    return SFTConfig(**options)
+    return SFTConfig(**(training_arguments(config) | decided))
 
 
-def set_intervals(args: SFTConfig, config: TrainConfig, steps_per_epoch: int) -> None:
-    """Set the steps between saves and evaluations, which the configuration may give per epoch.
+def set_intervals(args: SFTConfig, config: TrainConfig, *, num_batches: int) -> None:
+    """Set the steps between saves and between evaluations, from steps, shares of all steps, or times per epoch.
 
-    steps_per_epoch: optimizer steps, at least 1. Without any setting a checkpoint is saved once per epoch.
+    num_batches: of one epoch.
     """
-    args.save_steps = _interval(config.save_steps, config.saves_per_epoch or 1, steps_per_epoch)
-    if args.eval_strategy != "no":
-        args.eval_steps = _interval(config.eval_steps, config.evals_per_epoch, steps_per_epoch)
+    steps_per_epoch = max(1, math.ceil(num_batches / config.gradient_accumulation_steps))
+    num_steps = config.max_steps or math.ceil(steps_per_epoch * config.num_epochs)
+    if config.save_strategy == "steps":
+        args.save_steps = _interval(config.save_steps, config.saves_per_epoch, steps_per_epoch, num_steps)
+    if config.eval_strategy == "steps":
+        args.eval_steps = _interval(config.eval_steps, config.evals_per_epoch, steps_per_epoch, num_steps)
 
 
-def _evaluates(config: TrainConfig) -> bool:
-    return config.eval_steps is not None or config.evals_per_epoch is not None
-
-
-def _interval(steps: int | float | None, per_epoch: int | None, steps_per_epoch: int) -> int:
+def _interval(steps: int | float | None, per_epoch: int | None, steps_per_epoch: int, num_steps: int) -> int:
     if steps is not None:
-        return max(1, round(steps * steps_per_epoch)) if 0 < steps < 1 else int(steps)
+        return max(1, round(steps * num_steps)) if steps < 1 else int(steps)
     return max(1, math.ceil(steps_per_epoch / (per_epoch or 1)))
+
+
+def _tf32(config: TrainConfig, on_gpu: bool) -> bool | None:
+    if not on_gpu:
+        return None
+    if config.tf32 == "auto":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return config.tf32

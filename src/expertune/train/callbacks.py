@@ -93,7 +93,8 @@ class ShowProgress(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
+            where = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
+            self.console.print(f"{where}  held-out loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
             return
         numbers = (

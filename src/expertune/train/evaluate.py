@@ -15,21 +15,20 @@ from expertune.train.trainer import Trainer
 from expertune.train.use import find_adapter
 
 
-def evaluate(config: TrainConfig, console: Console, *, adapter: str | None) -> dict[str, float]:
+def evaluate(config: TrainConfig, console: Console, *, adapter: Path | None) -> dict[str, float]:
     """Compute the held-out loss in nats per trained token: {"base": ..., "adapter": ...}.
 
     adapter: a folder; None: the run's own. Raises ConfigError if the configuration holds no row out.
     """
-    if not config.test_datasets and not config.val_set_size:
+    if not config.has_heldout:
         raise ConfigError("val_set_size, test_datasets: neither is set, so there is nothing held out to evaluate")
-    folder = find_adapter(config, Path(adapter) if adapter else None)
+    folder = find_adapter(config, adapter)
     prepared = prepare(config, console)
     assert prepared.heldout is not None
     model: PeftModel = load_adapter(load_model(config), folder)
     with tempfile.TemporaryDirectory() as scratch:
-        args = sft_config(
-            config.model_copy(update={"output_dir": scratch, "report_to": ()}), prepared.plan, has_heldout=True
-        )
+        quiet = config.model_copy(update={"report_to": [], "eval_strategy": "no"})
+        args = sft_config(quiet, prepared.plan, output_dir=scratch)
         trainer = Trainer(
             model=model,
             args=args,

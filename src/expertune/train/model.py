@@ -113,7 +113,7 @@ def _target_parameters(model: nn.Module, config: TrainConfig) -> list[str]:
     if config.lora_target_parameters is not None:
         return list(config.lora_target_parameters)
     try:
-        return expertune.get_target_parameters(model)
+        return expertune.get_target_parameters(model, router=config.lora_router)
     except ValueError as error:
         raise ConfigError(f"base_model: {error}") from error
 

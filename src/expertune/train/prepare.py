@@ -10,7 +10,6 @@ from expertune.train.data import LossPlan, Rows, SourceSpec, check_lengths, load
 from expertune.train.model import load_tokenizer
 
 
-
 @dataclass(frozen=True)
 class Prepared:
     """Checked inputs of a run."""
@@ -78,5 +77,3 @@ def _source(entry: DatasetConfig) -> SourceSpec:
         field_input=entry.field_input,
         field_output=entry.field_output,
     )
-
-

@@ -14,7 +14,7 @@ from expertune.errors import ConfigError, ExpertuneError
 from expertune.integrations.backends import AUTO, pick_backend
 from expertune.integrations.targets import summarise_trainable
 from expertune.train.arguments import set_intervals, sft_config
-from expertune.train.callbacks import ShowProgress, Stopped, StopOnSignal
+from expertune.train.callbacks import ShowProgress, StopOnSignal, Stopped
 from expertune.train.config import TrainConfig, resolved_yaml
 from expertune.train.generation import reply
 from expertune.train.memory import peak_memory_bytes
@@ -106,6 +106,8 @@ def _checkpoint_to_resume(config: TrainConfig, output_dir: Path, resume: bool) -
             raise ConfigError(f"resume_from_checkpoint: {folder} is no checkpoint (no trainer_state.json)")
         return folder
     found = checkpoints(output_dir) if output_dir.is_dir() else []
+    if config.auto_resume_from_checkpoints and found:
+        return found[-1]
     if resume:
         if not found:
             raise ConfigError(f"--resume: {output_dir} has no checkpoint; start without --resume")
@@ -121,7 +123,7 @@ def _checkpoint_to_resume(config: TrainConfig, output_dir: Path, resume: bool) -
 def _trainer(
     model: PeftModel, prepared: Prepared, config: TrainConfig, stop: StopOnSignal, progress: ShowProgress
 ) -> Trainer:
-    args = sft_config(config, prepared.plan, has_heldout=prepared.heldout is not None)
+    args = sft_config(config, prepared.plan)
     trainer = Trainer(
         model=model,
         args=args,
@@ -130,8 +132,7 @@ def _trainer(
         processing_class=prepared.tokenizer,
         callbacks=[stop, progress],
     )
-    batches = len(trainer.get_train_dataloader())
-    set_intervals(args, config, max(1, batches // config.gradient_accumulation_steps))
+    set_intervals(args, config, num_batches=len(trainer.get_train_dataloader()))
     return trainer
 
 
@@ -140,8 +141,7 @@ def _look(
 ) -> None:
     """Held-out loss and samples, before or after training, into the report."""
     if prepared.heldout is not None and (when == "after" or config.eval_on_start):
-        loss = trainer.evaluate()["eval_loss"]
-        setattr(report, f"heldout_loss_{when}", loss)
+        setattr(report, f"heldout_loss_{when}", _heldout_loss(trainer))
     for prompt in config.sample_prompts:
         text = reply(
             trainer.model,
@@ -151,6 +151,13 @@ def _look(
             stop_tokens=tuple(config.eot_tokens or ()),
         )
         getattr(report, f"samples_{when}").append((prompt, text))
+
+
+def _heldout_loss(trainer: Trainer) -> float:
+    for log in trainer.state.log_history:
+        if "eval_loss" in log and log["step"] == trainer.state.global_step:
+            return log["eval_loss"]  # the step that has just ended was evaluated as the configuration asks
+    return trainer.evaluate()["eval_loss"]
 
 
 def _print_what_trains(model: PeftModel, config: TrainConfig, console: Console) -> None:
@@ -184,6 +191,4 @@ def _raise_interrupted(signal_name: str, output_dir: Path, step: int, resume_com
     found = checkpoints(output_dir)
     if not found:
         raise Interrupted(f"stopped by {signal_name} before the first step; nothing was trained, so nothing is lost")
-    raise Interrupted(
-        f"stopped by {signal_name} at step {step}; saved {found[-1]}.\nContinue with: {resume_command}"
-    )
+    raise Interrupted(f"stopped by {signal_name} at step {step}; saved {found[-1]}.\nContinue with: {resume_command}")

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
@@ -20,6 +21,7 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
         self._writing_to: Path | None = None
         self._last_log: tuple[float, float] | None = None
 

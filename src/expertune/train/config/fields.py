@@ -1,7 +1,7 @@
 """What every key is declared with: its types in plain words, and how text from YAML becomes a value.
 
-The YAML reader hands over every scalar as text, so one rule holds for a file and for `--set`: the type of the key decides
-what `2`, `no` or `2e-4` means, and a key that is text keeps its text.
+The YAML reader hands over every scalar as text, so one rule holds for a file and for `--set`: the type of the key
+decides what `2`, `no` or `2e-4` means, and a key that is text keeps its text.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class ConfigModel(BaseModel):
         """A null (`key:` with nothing after it) is None where the key can be None, and otherwise its default."""
         if not isinstance(data, Mapping):
             return data
-        cleaned = {}
+        cleaned: dict[str, Any] = {}
         for name, value in data.items():
             field = cls.model_fields.get(name)
             if field is not None and _says_nothing(field, value):

@@ -42,7 +42,9 @@ class DatasetConfig(ConfigModel):
     name: str | None = key(None, "configuration (subset) of a hub data set")
     revision: str | None = key(None, "commit, tag or branch of a hub data set")
     data_files: Texts | None = key(None, "files or globs to read inside path")
-    ds_type: Literal["json", "jsonl", "csv", "parquet"] | None = key(None, "format of files whose suffix does not say it")
+    ds_type: Literal["json", "jsonl", "csv", "parquet"] | None = key(
+        None, "format of files whose suffix does not say it"
+    )
     field_messages: str | None = key(None, "column with the list of messages (default: messages, or conversations)")
     message_property_mappings: MessageProperties | None = key(None, "names of a message's parts in the data")
     message_field_role: str | None = key(None, "older spelling of message_property_mappings.role")
@@ -88,7 +90,9 @@ class DataKeys(ConfigModel):
         "raise", "a row longer than sequence_len: stop before training, leave it out, or cut it (each is reported)"
     )
     skip_bad_rows: bool = key(False, "leave out rows that cannot be read and count them, instead of stopping")
-    sample_packing: bool = key(False, "put several rows into one of sequence_len tokens, kept apart", argument="packing")
+    sample_packing: bool = key(
+        False, "put several rows into one of sequence_len tokens, kept apart", argument="packing"
+    )
     eval_sample_packing: bool | None = key(
         None, "the same for held-out rows (default: as sample_packing)", argument="eval_packing"
     )
@@ -122,4 +126,3 @@ class AdapterKeys(ConfigModel):
     lora_modules_to_save: Texts | None = key(None, "modules to train in full and save with the adapter")
     peft_use_rslora: bool = key(False, "count the adapter lora_alpha / sqrt(lora_r) times instead")
     lora_model_dir: str | None = key(None, "folder of a trained adapter to go on from, with a fresh optimizer")
-

@@ -15,10 +15,14 @@ _LONGEST_SHOWN = 60
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. keys: the keys it is about, the first is where it is found in the file."""
+    """One thing that is wrong.
+
+    keys: the keys it is about; the first is where it is found in the file. depends: more keys whose values it rests on.
+    """
 
     keys: tuple[str, ...]
     text: str
+    depends: tuple[str, ...] = ()
 
     def line(self, places: Mapping[str, str]) -> str:
         """`key: text (line 3)`; places: where each key was given."""

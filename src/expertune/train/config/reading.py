@@ -1,4 +1,4 @@
-"""YAML text and `--set` to one plain mapping, with the place of every key. Every scalar stays the text it was written as."""
+"""YAML text and `--set` to one plain mapping, with the place of every key. Every scalar stays the text it was."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from expertune.errors import ConfigError
+from expertune.train.config.fields import is_null
 from expertune.train.config.problems import Problem, raise_problems, shown
 
 COMMAND_LINE = "--set"
@@ -40,8 +41,10 @@ class _TextLoader(yaml.SafeLoader):
 
 def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RawConfig:
     """Read the file, then lay the overrides over it. Raises ConfigError for anything that cannot be read."""
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
     if path is None:
-        values, places, source = {}, {}, "--set" if overrides else "configuration"
+        source = "--set" if overrides else "configuration"
     else:
         source = str(path)
         values, places = _parse(_read_text(path), source)
@@ -87,7 +90,7 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, str]]:
     problems = list(_walk(root, "", places, []))
     raise_problems(source, problems, {})
     try:
-        return loader.construct_document(root), places
+        return _unshared(loader.construct_document(root)), places
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_message(error, source)) from error
 
@@ -116,6 +119,13 @@ def _walk(node: yaml.Node, path: str, places: dict[str, str], above: list[yaml.N
             lines[name] = line
             places[inner] = f"line {line}"
             yield from _walk(value_node, inner, places, [*above, node])
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which an alias (*name) is an entry of its own, so that --set changes one and not both."""
+    if isinstance(value, dict):
+        return {name: _unshared(item) for name, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _syntax_message(error: yaml.YAMLError, source: str) -> str:
@@ -166,7 +176,8 @@ def _apply(values: dict[str, Any], places: dict[str, str], override: str) -> str
         if last:
             target[slot] = _parse_value(text)
             return None
-        if isinstance(target, dict) and target.get(slot) in (None, "", "null", "~"):
+        current = target[slot] if isinstance(target, list) else target.get(slot)
+        if is_null(current):
             target[slot] = empty
         target = target[slot]
     return None
@@ -175,7 +186,7 @@ def _apply(values: dict[str, Any], places: dict[str, str], override: str) -> str
 def _parse_value(text: str) -> Any:
     """A value as YAML; text that is no YAML (a template, say) is itself."""
     try:
-        value = yaml.load(text, Loader=_TextLoader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_TextLoader)
     except yaml.YAMLError:
         return text
     return "" if value is None else value

@@ -56,14 +56,14 @@ Scheduler = Literal[
 class TrainingKeys(ConfigModel):
     """Training"""
 
-    micro_batch_size: Positive = key(
-        1, "rows in one forward pass, on each GPU", argument="per_device_train_batch_size"
-    )
+    micro_batch_size: Positive = key(1, "rows in one forward pass, on each GPU", argument="per_device_train_batch_size")
     gradient_accumulation_steps: Positive = key(
         1, "forward passes that make one step", argument="gradient_accumulation_steps"
     )
     eval_batch_size: Positive | None = key(
-        None, "rows in one forward pass of evaluation (default: micro_batch_size)", argument="per_device_eval_batch_size"
+        None,
+        "rows in one forward pass of evaluation (default: micro_batch_size)",
+        argument="per_device_eval_batch_size",
     )
     num_epochs: AboveZero = key(1.0, "passes over the data; parts of one are fine", argument="num_train_epochs")
     max_steps: Positive | None = key(None, "stop after this many steps, whatever num_epochs says", argument="max_steps")
@@ -138,7 +138,9 @@ class ParallelKeys(ConfigModel):
 class LoggingKeys(ConfigModel):
     """Evaluation, logging and saving"""
 
-    output_dir: str = key("./model-out", "folder for checkpoints, the adapter, the resolved configuration and the report")
+    output_dir: str = key(
+        "./model-out", "folder for checkpoints, the adapter, the resolved configuration and the report"
+    )
     eval_on_start: bool = key(True, "measure the held-out loss before the first step")
     eval_strategy: Literal["no", "steps", "epoch"] | None = key(
         None, "when to measure the held-out loss (default: as eval_steps says, otherwise after each epoch)"
@@ -150,9 +152,15 @@ class LoggingKeys(ConfigModel):
     )
     save_steps: ShareOrSteps | None = key(None, "steps between checkpoints")
     saves_per_epoch: Positive | None = key(None, "the same, as checkpoints in one epoch")
-    save_total_limit: Positive | None = key(None, "checkpoints kept, the newest (default: all)", argument="save_total_limit")
-    resume_from_checkpoint: str | None = key(None, "folder of a checkpoint to resume from, with its optimizer and data order")
-    auto_resume_from_checkpoints: bool = key(False, "resume from the newest whole checkpoint in output_dir, if there is one")
+    save_total_limit: Positive | None = key(
+        None, "checkpoints kept, the newest (default: all)", argument="save_total_limit"
+    )
+    resume_from_checkpoint: str | None = key(
+        None, "folder of a checkpoint to resume from, with its optimizer and data order"
+    )
+    auto_resume_from_checkpoints: bool = key(
+        False, "resume from the newest whole checkpoint in output_dir, if there is one"
+    )
     sample_prompts: Texts = key([], "prompts answered before and after training, to see what changed")
     sample_max_new_tokens: Positive = key(64, "longest such answer, in tokens")
     logging_steps: Positive = key(1, "steps between two lines of loss, tokens/s and memory", argument="logging_steps")

@@ -19,15 +19,13 @@ SECTIONS: tuple[type[ConfigModel], ...] = (
 """Each section's docstring is its title."""
 
 
-class TrainConfig(
-    LoggingKeys, ParallelKeys, ExpertKeys, PrecisionKeys, TrainingKeys, AdapterKeys, DataKeys, ModelKeys
-):
+class TrainConfig(LoggingKeys, ParallelKeys, ExpertKeys, PrecisionKeys, TrainingKeys, AdapterKeys, DataKeys, ModelKeys):
     """Everything `expertune train` reads. Keys have Axolotl's names wherever it has one.
 
     As `load_config` returns it, it is settled: shorthands (flash_attention, use_scattermoe, use_sonicmoe,
-    use_tensorboard, use_wandb, message_field_role, message_field_content) have gone into the keys that they stand for and
-    are None; eval_strategy, save_strategy, report_to, eval_batch_size and eval_sample_packing are never None; one of
-    warmup_steps and warmup_ratio is set; chat_template_jinja is a template; local paths are absolute.
+    use_tensorboard, use_wandb, message_field_role, message_field_content) have gone into the keys that they stand for
+    and are None; eval_strategy, save_strategy, report_to, eval_batch_size and eval_sample_packing are never None; one
+    of warmup_steps and warmup_ratio is set; chat_template_jinja is a template; local paths are absolute.
     """
 
     @property
