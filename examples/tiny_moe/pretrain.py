@@ -33,7 +33,7 @@ class PretrainSettings:
     batch_size: int = 64
     window: int = 512
     learning_rate: float = 3e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 1.0
     held_out_windows: int = 256
     device: str = "auto"
     seed: int = 0

@@ -20,7 +20,7 @@ NUM_CHECK_TOKENS = 64
 
 @dataclass(frozen=True)
 class MergeReport:
-    """relative_error: ||merged - unmerged|| / ||unmerged|| of the logits. adapter_effect: the same of base - unmerged."""
+    """relative_error: ||merged - unmerged|| / ||unmerged||, of logits. adapter_effect: the same for base - unmerged."""
 
     folder: Path
     relative_error: float

@@ -18,10 +18,8 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
     """The dtype of the base weights: bf16 where asked for, or where `auto` finds a GPU that has it; fp16; else fp32."""
     if config.fp16:
         return torch.float16
-    if config.bf16 == "auto":
-        use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    else:
-        use_bf16 = config.bf16
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    use_bf16 = has_bf16 if config.bf16 == "auto" else config.bf16
     return torch.bfloat16 if use_bf16 else torch.float32
 
 

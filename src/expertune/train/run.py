@@ -1,6 +1,7 @@
 """One training run, from a configuration to an adapter on disk."""
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from expertune.integrations.backends import AUTO, pick_backend
 from expertune.integrations.targets import summarise_trainable
 from expertune.train.arguments import set_intervals, sft_config
 from expertune.train.callbacks import ShowProgress, StopOnSignal, Stopped
-from expertune.train.config import TrainConfig, resolved_yaml
+from expertune.train.config import TrainConfig, resolved_yaml, wandb_environment
 from expertune.train.generation import reply
 from expertune.train.memory import peak_memory_bytes
 from expertune.train.model import add_adapter, load_model
@@ -30,7 +31,10 @@ REPORT = "report.json"
 
 @dataclass
 class RunReport:
-    """What a run did, as `report.json` has it. Losses are nats per trained token; `samples` are (prompt, reply)."""
+    """What a run did, as `report.json` has it. Losses are nats per trained token; `samples` are (prompt, reply).
+
+    log: what was logged at each logging step and evaluation, also before a resumption.
+    """
 
     base_model: str
     experts_backend: str
@@ -44,6 +48,7 @@ class RunReport:
     peak_memory_gib: float = 0.0
     samples_before: list[tuple[str, str]] = field(default_factory=list)
     samples_after: list[tuple[str, str]] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
 
 
 class Interrupted(ExpertuneError):
@@ -57,6 +62,7 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     resume_command: what to type to continue, said when a signal stops the run.
     Raises ConfigError or DataError before training if anything is wrong; Interrupted after a signal.
     """
+    os.environ.update(wandb_environment(config))
     output_dir = Path(config.output_dir)
     checkpoint = _checkpoint_to_resume(config, output_dir, resume)
     check_output_dir(output_dir, need_bytes=0)
@@ -93,7 +99,11 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     with whole_folder(output_dir / ADAPTER) as folder:
         model.save_pretrained(str(folder))
         prepared.tokenizer.save_pretrained(str(folder))
-    report.steps, report.train_loss = trainer.state.global_step, result.training_loss
+    report.steps, report.train_loss, report.log = (
+        trainer.state.global_step,
+        result.training_loss,
+        trainer.state.log_history,
+    )
     report.seconds, report.peak_memory_gib = time.perf_counter() - start, peak_memory_bytes() / 2**30
     write_whole(output_dir / REPORT, json.dumps(asdict(report), indent=2) + "\n")
     return report

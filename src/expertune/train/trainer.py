@@ -1,9 +1,13 @@
-"""TRL's SFTTrainer with two things changed: checkpoints appear whole, and the log has speed and memory."""
+"""TRL's SFTTrainer with three things changed: checkpoints appear whole, the log has speed and memory, and the held-out
+loss is exact.
+"""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
@@ -17,6 +21,8 @@ class Trainer(SFTTrainer):
 
     Log keys added to each training log: `tokens_per_second` (tokens of the batch, padding left out, since the last log)
     and `peak_memory_gib` (of the GPU, or of the process on a CPU).
+    `eval_loss` is the mean over all trained tokens of the held-out rows, in nats, without the router's balance loss:
+    the same for every batch size and packing. (Trainer averages the means of batches, weighted by rows.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -24,6 +30,7 @@ class Trainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self._writing_to: Path | None = None
         self._last_log: tuple[float, float] | None = None
+        self._eval_sums: tuple[float, int] = (0.0, 0)  # nats and tokens of the evaluation under way
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to) if self._writing_to else super()._get_output_dir(trial)
@@ -56,10 +63,31 @@ class Trainer(SFTTrainer):
             self._last_log = (time.perf_counter(), self._total_train_tokens)
         return super().training_step(*args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._eval_sums = (0.0, 0)
+        with_balance_loss: bool = self.aux_loss_enabled
+        self.aux_loss_enabled = False
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.aux_loss_enabled = with_balance_loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        num_trained = int((inputs["labels"][:, 1:] != -100).sum())
+        nats, tokens = self._eval_sums
+        self._eval_sums = (nats + loss.item() * num_trained, tokens + num_trained)
+        return loss, logits, labels
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._last_log is not None:
             now, (then, tokens_then) = time.perf_counter(), self._last_log
             logs["tokens_per_second"] = round((self._total_train_tokens - tokens_then) / max(now - then, 1e-9), 1)
             logs["peak_memory_gib"] = round(peak_memory_bytes() / 2**30, 3)
             self._last_log = None
+        if "eval_loss" in logs:
+            nats, tokens = self._eval_sums
+            logs["eval_loss"] = nats / tokens if tokens else math.nan
         super().log(logs, start_time)
