@@ -93,7 +93,7 @@ class ShowProgress(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            where = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
+            where = f"step {state.global_step}/{state.max_steps}" if state.global_step else "before training"
             self.console.print(f"{where}  held-out loss {logs['eval_loss']:.4f}")
         if "loss" not in logs:
             return

@@ -74,7 +74,7 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     _print_what_trains(model, config, console)
     check_output_dir(output_dir, need_bytes=_checkpoint_bytes(model, config))
     stop, progress = StopOnSignal(), ShowProgress(console)
-    trainer = _trainer(model, prepared, config, stop, progress)
+    trainer = _trainer(model, prepared, config, stop, progress, resumed=checkpoint is not None)
     write_whole(output_dir / RESOLVED_CONFIG, resolved_yaml(config))
     report = RunReport(
         base_model=config.base_model,
@@ -86,10 +86,12 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     try:
         with stop.listening():
             if checkpoint is None:
-                _look("before", trainer, prepared, config, report, console)
+                report.samples_before = _samples(trainer, prepared, config)
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if stop.received is None:
-                _look("after", trainer, prepared, config, report, console)
+                report.samples_after = _samples(trainer, prepared, config)
+                if prepared.heldout is not None and _logged_heldout_loss(trainer, trainer.state.global_step) is None:
+                    trainer.evaluate()
     except Stopped:
         pass
     finally:
@@ -99,6 +101,8 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     with whole_folder(output_dir / ADAPTER) as folder:
         model.save_pretrained(str(folder))
         prepared.tokenizer.save_pretrained(str(folder))
+    report.heldout_loss_before = _logged_heldout_loss(trainer, 0)
+    report.heldout_loss_after = _logged_heldout_loss(trainer, trainer.state.global_step)
     report.steps, report.train_loss, report.log = (
         trainer.state.global_step,
         result.training_loss,
@@ -131,9 +135,16 @@ def _checkpoint_to_resume(config: TrainConfig, output_dir: Path, resume: bool) -
 
 
 def _trainer(
-    model: PeftModel, prepared: Prepared, config: TrainConfig, stop: StopOnSignal, progress: ShowProgress
+    model: PeftModel,
+    prepared: Prepared,
+    config: TrainConfig,
+    stop: StopOnSignal,
+    progress: ShowProgress,
+    *,
+    resumed: bool,
 ) -> Trainer:
     args = sft_config(config, prepared.plan)
+    args.eval_on_start = config.eval_on_start and not resumed
     trainer = Trainer(
         model=model,
         args=args,
@@ -146,28 +157,25 @@ def _trainer(
     return trainer
 
 
-def _look(
-    when: str, trainer: Trainer, prepared: Prepared, config: TrainConfig, report: RunReport, console: Console
-) -> None:
-    """Held-out loss and samples, before or after training, into the report."""
-    if prepared.heldout is not None and (when == "after" or config.eval_on_start):
-        setattr(report, f"heldout_loss_{when}", _heldout_loss(trainer))
-    for prompt in config.sample_prompts:
-        text = reply(
-            trainer.model,
-            prepared.tokenizer,
+def _samples(trainer: Trainer, prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
+    return [
+        (
             prompt,
-            max_new_tokens=config.sample_max_new_tokens,
-            stop_tokens=tuple(config.eot_tokens or ()),
+            reply(
+                trainer.model,
+                prepared.tokenizer,
+                prompt,
+                max_new_tokens=config.sample_max_new_tokens,
+                stop_tokens=tuple(config.eot_tokens or ()),
+            ),
         )
-        getattr(report, f"samples_{when}").append((prompt, text))
+        for prompt in config.sample_prompts
+    ]
 
 
-def _heldout_loss(trainer: Trainer) -> float:
-    for log in trainer.state.log_history:
-        if "eval_loss" in log and log["step"] == trainer.state.global_step:
-            return log["eval_loss"]  # the step that has just ended was evaluated as the configuration asks
-    return trainer.evaluate()["eval_loss"]
+def _logged_heldout_loss(trainer: Trainer, step: int) -> float | None:
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log and log["step"] == step]
+    return losses[-1] if losses else None
 
 
 def _print_what_trains(model: PeftModel, config: TrainConfig, console: Console) -> None:

@@ -25,6 +25,8 @@ class Trainer(SFTTrainer):
     the same for every batch size and packing. (Trainer averages the means of batches, weighted by rows.)
     """
 
+    aux_loss_enabled: bool  # SFTTrainer's
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -65,8 +67,7 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._eval_sums = (0.0, 0)
-        with_balance_loss: bool = self.aux_loss_enabled
-        self.aux_loss_enabled = False
+        with_balance_loss, self.aux_loss_enabled = self.aux_loss_enabled, False
         try:
             return super().evaluate(*args, **kwargs)
         finally:
