@@ -117,7 +117,7 @@ def test_a_second_start_does_not_overwrite(tmp_path: Path) -> None:
     config = write_config(tmp_path, max_steps=1)
     run(config)
     before = adapter_weights(tmp_path / "run")
-    with pytest.raises(ConfigError, match="holds an earlier run. Continue it with --resume"):
+    with pytest.raises(ConfigError, match=r"holds an earlier run\. Continue it with --resume"):
         run(config)
     assert before.keys() == adapter_weights(tmp_path / "run").keys()
 

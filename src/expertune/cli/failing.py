@@ -1,47 +1,66 @@
 """Errors as the command line says them: one message, the right exit code, a traceback only for our own bugs."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
 
+from expertune.cli.output import Output
 from expertune.errors import ConfigError, DataError, ExpertuneError
 
 FAILED, WRONG_USE = 1, 2
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def reporting_errors() -> Iterator[None]:
     """Turn what the block raises into a message on standard error and an exit code."""
-    console = Console(stderr=True)
     try:
         yield
     except (ConfigError, DataError) as error:
-        console.print("[bold red]error:[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False)
+        _say(str(error))
         raise typer.Exit(WRONG_USE) from error
     except ExpertuneError as error:
-        console.print(str(error), markup=False, highlight=False)
+        Output(stderr=True).print(str(error), markup=False)
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
-        console.print("stopped")
+        Output(stderr=True).print("stopped")
         raise typer.Exit(FAILED) from error
     except Exception as error:
-        if not _out_of_memory(error):
+        message = _of_the_machine(error)
+        if message is None:
             raise
-        console.print("[bold red]error:[/]", end=" ")
-        console.print(
-            f"the GPU ran out of memory: {str(error).splitlines()[0]}\n"
-            "Ways out: a smaller micro_batch_size (with more gradient_accumulation_steps), a smaller sequence_len, "
-            "gradient_checkpointing: true, activation_offloading: true.",
-            markup=False,
-            highlight=False,
-        )
+        _say(message)
         raise typer.Exit(FAILED) from error
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _say(message: str) -> None:
+    console = Output(stderr=True)
+    console.print("[bold red]error:[/]", end=" ")
+    console.print(message, markup=False)
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say of an error that is the machine's: memory or disk used up. None for any other."""
+    first_line = next(iter(str(error).splitlines()), "")
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU ran out of memory: {first_line}\n"
+            "Ways out: a smaller micro_batch_size (with more gradient_accumulation_steps), a smaller sequence_len, "
+            "gradient_checkpointing: true, activation_offloading: true."
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in first_line:
+        return (
+            f"the machine ran out of memory: {first_line or 'nothing more is known'}\n"
+            "Ways out: a smaller micro_batch_size (with more gradient_accumulation_steps), a smaller sequence_len, "
+            "gradient_checkpointing: true, bf16: true."
+        )
+    if (isinstance(error, OSError) and error.errno in _DISK_FULL) or "No space left on device" in str(error):
+        return (
+            f"the disk is full: {first_line}\n"
+            "What was saved before is whole. Free some space; `expertune train CONFIG --resume` goes on with a run."
+        )
+    return None

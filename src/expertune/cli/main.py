@@ -4,20 +4,23 @@ Exit codes: 0 done, 1 failed (or stopped by a signal), 2 wrong use: arguments, c
 """
 
 import shlex
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from expertune.cli.failing import reporting_errors
+from expertune.cli.output import Output
 
 app = typer.Typer(
     name="expertune",
     help="Fast, exact LoRA fine-tuning of Mixture-of-Experts language models.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every key that a CONFIG can have: [bold]expertune config[/]",
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
@@ -41,7 +44,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
 ) -> None:
     """Fine-tune as CONFIG says; leaves the adapter, checkpoints and a report in its output_dir."""
-    console = Console()
+    console = Output()
     with reporting_errors():
         from expertune.train.config import load_config
 
@@ -57,7 +60,7 @@ def train(
         again = [
             program(),
             "train",
-            str(config),
+            shlex.quote(str(config)),
             *(f"--set {shlex.quote(item)}" for item in overrides or []),
             "--resume",
         ]
@@ -68,7 +71,7 @@ def train(
 @app.command("eval")
 def evaluate(config: ConfigOrRun, adapter: Adapter = None, overrides: Overrides = None) -> None:
     """Compute the held-out loss of the base model and of the adapter."""
-    console = Console()
+    console = Output()
     with reporting_errors():
         from expertune.cli.quiet import quiet_libraries
         from expertune.train.evaluate import evaluate as run_evaluation
@@ -93,7 +96,7 @@ def generate(
     overrides: Overrides = None,
 ) -> None:
     """Answer one prompt, or hold a chat (an empty line or Ctrl-D ends it)."""
-    console = Console()
+    console = Output()
     with reporting_errors():
         from expertune.cli.quiet import quiet_libraries
         from expertune.train.generation import reply
@@ -135,7 +138,7 @@ def merge(
     overrides: Overrides = None,
 ) -> None:
     """Merge the adapter into a full checkpoint, and check it against the unmerged model."""
-    console = Console()
+    console = Output()
     with reporting_errors():
         from expertune.cli.quiet import quiet_libraries
         from expertune.train.merge import merge as run_merge
@@ -158,13 +161,14 @@ def doctor() -> None:
     with reporting_errors():
         from expertune.cli.doctor import print_doctor
 
-        print_doctor(Console())
+        print_doctor(Output())
 
 
 @app.command("config")
 def show_config(
     key: Annotated[
-        str | None, typer.Argument(help="Only this key, or keys that contain it.", show_default=False)
+        str | None,
+        typer.Argument(metavar="KEY", help="Only this key, or keys that contain it.", show_default=False)
     ] = None,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema instead.")] = False,
 ) -> None:
@@ -175,13 +179,16 @@ def show_config(
         if json_schema:
             print_json_schema()
         else:
-            print_config_keys(Console(), key)
+            print_config_keys(Output(), key)
 
 
-def _ask(console: Console) -> str:
+def _ask(console: Output) -> str:
+    """The next line of a chat, "" at its end. What is not typed at a terminal needs no prompt."""
     try:
-        return console.input("[bold]you:[/] ").strip()
+        return console.input("[bold]you:[/] " if console.is_terminal else "").strip()
     except EOFError:
+        if console.is_terminal:
+            console.print()  # the shell's prompt gets a line of its own
         return ""
 
 
@@ -189,7 +196,7 @@ def _version(show: bool) -> None:
     if show:
         import expertune
 
-        typer.echo(f"expertune {escape(expertune.__version__)}")
+        typer.echo(f"expertune {expertune.__version__}")
         raise typer.Exit
 
 
@@ -204,4 +211,7 @@ def options(
 
 def main() -> None:
     """Entry point of the `expertune` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII-only terminal gets a ?, not a traceback
     app()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.text import Text
 from expertune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from expertune.train.config import KeyInfo
     from expertune.train.run import RunReport
 
 
@@ -23,7 +25,7 @@ def program() -> str:
     if shutil.which("expertune"):
         return "expertune"
     script = Path(sys.executable).parent / "expertune"
-    return os.path.relpath(script) if script.is_file() else "python -m expertune"
+    return min(os.path.relpath(script), str(script), key=len) if script.is_file() else "python -m expertune"
 
 
 def print_run_report(report: "RunReport", output_dir: Path, console: Console) -> None:
@@ -43,23 +45,37 @@ def print_run_report(report: "RunReport", output_dir: Path, console: Console) ->
         markup=False,
     )
     console.print(f"adapter: {output_dir / 'adapter'}", markup=False)
-    console.print(f"next:    {program()} generate {output_dir}", markup=False)
-    console.print(f"         {program()} merge {output_dir} --output {output_dir / 'merged'}", markup=False)
+    run, merged = shlex.quote(str(output_dir)), shlex.quote(str(output_dir / "merged"))
+    console.print(f"next:    {program()} generate {run}", markup=False)
+    console.print(f"         {program()} merge {run} --output {merged}", markup=False)
 
 
 def print_config_keys(console: Console, only: str | None) -> None:
     """Print the keys of the configuration, section by section."""
     from expertune.train.config import iter_keys
 
-    keys = [key for key in iter_keys() if only is None or only in key.path]
-    if not keys:
-        raise ConfigError(f"no key contains {only!r}; `expertune config` lists them all")
+    keys = list(iter_keys()) if only is None else _keys_named(only)
     for section in dict.fromkeys(key.section for key in keys):
         table = Table("key", "type", "default", "meaning", title=section, title_justify="left", expand=True)
         for key in keys:
             if key.section == section:
                 table.add_row(Text(key.path, "bold"), Text(key.needs), Text(key.default), Text(key.meaning))
         console.print(table)
+
+
+def _keys_named(name: str) -> list["KeyInfo"]:
+    """The key of this name with those inside it, otherwise the keys whose name contains it."""
+    from expertune.train.config import iter_keys
+    from expertune.train.config.problems import nearest
+
+    keys = list(iter_keys())
+    found = [key for key in keys if key.path == name or key.path.startswith((f"{name}.", f"{name}[]."))]
+    found = found or [key for key in keys if name.lower() in key.path]
+    if not found:
+        near = nearest(name, [key.path for key in keys])
+        hint = f"the nearest is {near}; " if near else ""
+        raise ConfigError(f"no key contains {name!r}; {hint}`expertune config` lists them all")
+    return found
 
 
 def print_json_schema() -> None:
