@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.runs import losses, run, start, write_config
+from expertune.train import run as run_module
+from expertune.train.run import Interrupted
+from expertune.train.trainer import Trainer
+from tests.train.runs import losses, run, start, write_config, write_rows
 
 OPTIONS = {"max_steps": 40, "save_steps": 5, "num_epochs": 10, "micro_batch_size": 4}
 TIMEOUT_SECONDS = 120
@@ -79,12 +82,42 @@ def test_kill_9_costs_only_the_steps_since_the_last_save(uninterrupted: Path, tm
 
 
 def test_a_signal_before_the_first_step_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertune.train import run as run_module
-
     def interrupted(*_args: object, **_kwargs: object) -> str:
         signal.raise_signal(signal.SIGTERM)
         return ""
 
     monkeypatch.setattr(run_module, "reply", interrupted)
-    with pytest.raises(run_module.Interrupted, match="stopped by SIGTERM"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
         run(write_config(tmp_path, sample_prompts=["hello"], max_steps=3))
+
+
+def test_a_signal_during_an_evaluation_saves_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heldout = [{"path": str(write_rows(tmp_path / "heldout.jsonl", 12, skip=60))}]
+    options = {"test_datasets": heldout, "max_steps": 6, "eval_steps": 3, "eval_on_start": False, "num_epochs": 2}
+    config = write_config(tmp_path / "stopped", **options)
+    real = Trainer.prediction_step
+
+    def interrupted(self: Trainer, *args: object, **kwargs: object) -> object:
+        if self.state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "prediction_step", interrupted)
+    with pytest.raises(Interrupted, match=r"stopped by SIGINT at step 3; saved .*checkpoint-3"):
+        run(config)
+    monkeypatch.undo()
+    run(config, resume=True)
+    run(write_config(tmp_path / "whole", **options))
+    assert_same_run(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
+
+
+def test_a_signal_after_the_last_step_keeps_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_args: object, **_kwargs: object) -> str:
+        if (tmp_path / "run" / "adapter").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return ""
+
+    monkeypatch.setattr(run_module, "reply", interrupted)
+    with pytest.raises(Interrupted, match="after the last step; the adapter is complete"):
+        run(write_config(tmp_path, sample_prompts=["hello"], max_steps=2))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -7,12 +7,16 @@ import shlex
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expertune.cli.failing import reporting_errors
 from expertune.cli.output import Output
+from expertune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from expertune.train.config import TrainConfig
 
 app = typer.Typer(
     name="expertune",
@@ -78,7 +82,8 @@ def evaluate(config: ConfigOrRun, adapter: Adapter = None, overrides: Overrides 
         from expertune.train.use import config_of
 
         quiet_libraries()
-        losses = run_evaluation(config_of(config, overrides or []), console, adapter=adapter)
+        settings = config_of(config, overrides or [])
+        losses = run_evaluation(settings, console, adapter=_adapter_of(settings, adapter))
         console.print(f"held-out loss of the base model    {losses['base']:.4f}")
         console.print(f"held-out loss with the adapter     {losses['adapter']:.4f}")
 
@@ -100,11 +105,15 @@ def generate(
     with reporting_errors():
         from expertune.cli.quiet import quiet_libraries
         from expertune.train.generation import reply
-        from expertune.train.use import config_of, find_adapter, load_for_use
+        from expertune.train.use import config_of, load_for_use
 
         quiet_libraries()
+        if prompt is not None and not prompt.strip():
+            raise ConfigError("--prompt: is empty; give a text, or leave --prompt out to chat")
+        if base and adapter is not None:
+            raise ConfigError("--base, --adapter: one asks for no adapter, the other names one; remove one of them")
         settings = config_of(config, overrides or [])
-        loaded = load_for_use(settings, adapter=None if base else find_adapter(settings, adapter))
+        loaded = load_for_use(settings, adapter=None if base else _adapter_of(settings, adapter))
         stop_tokens = tuple(settings.eot_tokens or ())
 
         def answer(to: str | list[dict[str, str]]) -> str:
@@ -142,11 +151,11 @@ def merge(
     with reporting_errors():
         from expertune.cli.quiet import quiet_libraries
         from expertune.train.merge import merge as run_merge
-        from expertune.train.use import config_of, find_adapter
+        from expertune.train.use import config_of
 
         quiet_libraries()
         settings = config_of(config, overrides or [])
-        report = run_merge(settings, find_adapter(settings, adapter), output)
+        report = run_merge(settings, _adapter_of(settings, adapter), output)
         console.print(
             f"merged into {report.folder}; read back, its logits differ from the unmerged model's by "
             f"{report.relative_error:.1e} (allowed: {report.tolerance:.0e}; the adapter itself changes them by "
@@ -167,8 +176,7 @@ def doctor() -> None:
 @app.command("config")
 def show_config(
     key: Annotated[
-        str | None,
-        typer.Argument(metavar="KEY", help="Only this key, or keys that contain it.", show_default=False)
+        str | None, typer.Argument(metavar="KEY", help="Only this key, or keys that contain it.", show_default=False)
     ] = None,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema instead.")] = False,
 ) -> None:
@@ -180,6 +188,16 @@ def show_config(
             print_json_schema()
         else:
             print_config_keys(Output(), key)
+
+
+def _adapter_of(settings: "TrainConfig", given: Path | None) -> Path:
+    """The adapter to use; says so where it is not the one that a finished run leaves."""
+    from expertune.train.use import find_adapter
+
+    folder = find_adapter(settings, given)
+    if given is None and folder.name != "adapter":
+        Output(stderr=True).print(f"note: the run is not finished; using its newest checkpoint, {folder}", markup=False)
+    return folder
 
 
 def _ask(console: Output) -> str:

@@ -43,6 +43,11 @@ def get_attention_modules(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
+OTHER = "other"
+PARTS = ("experts", "attention", "router", "shared experts", "dense mlp", "embeddings and head", OTHER)
+"""The parts of a model, in the order of the table."""
+
+
 @dataclass(frozen=True)
 class TrainableRow:
     """One line of the table of what trains: a part of the model, its layers and its parameter counts."""
@@ -55,17 +60,16 @@ class TrainableRow:
 
 
 def summarise_trainable(model: nn.Module) -> list[TrainableRow]:
-    """Count, for each part of the model (attention, experts, routers, ...), what there is and what trains."""
+    """Count, for each part of the model (experts, attention, routers, ...), what there is and what trains."""
+    owners = _parts_by_module(model)
     parts: dict[str, dict[str, list[int]]] = {}
     for name, parameter in model.named_parameters():
-        part, module = _part_of(name)
-        total, trainable = parts.setdefault(part, {}).setdefault(module, [0, 0])
+        module = _plain_name(name).split(".lora_")[0]
+        owner = next((prefix for prefix in _prefixes(module) if prefix in owners), module)
+        counts = parts.setdefault(owners.get(owner, OTHER), {}).setdefault(owner, [0, 0])
         is_adapter = ".lora_" in name or ".modules_to_save." in name
-        parts[part][module] = [
-            total + (0 if is_adapter else parameter.numel()),
-            trainable + (parameter.numel() if parameter.requires_grad else 0),
-        ]
-    order = ("experts", "attention", "router", "shared experts", "dense mlp", "embeddings and head", "other")
+        counts[0] += 0 if is_adapter else parameter.numel()
+        counts[1] += parameter.numel() if parameter.requires_grad else 0
     return [
         TrainableRow(
             part=part,
@@ -74,7 +78,7 @@ def summarise_trainable(model: nn.Module) -> list[TrainableRow]:
             num_parameters=sum(total for total, _ in modules.values()),
             num_trainable=sum(trainable for _, trainable in modules.values()),
         )
-        for part in order
+        for part in PARTS
         if (modules := parts.get(part))
     ]
 
@@ -108,7 +112,11 @@ def check_peft_model(model: nn.Module, target_parameters: list[str] | None = Non
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules by the names they have without PEFT around them."""
     for name, module in model.named_modules():
-        yield name.replace(".base_layer", "").removeprefix("base_model.model."), module
+        yield _plain_name(name), module
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".base_layer", "").removeprefix("base_model.model.")
 
 
 def _experts_with_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
@@ -166,26 +174,26 @@ def _suffix(name: str) -> str:
     return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
 
 
-def _part_of(parameter_name: str) -> tuple[str, str]:
-    """The part of the model that a parameter belongs to, and the layer that counts as one module of that part."""
-    name = parameter_name.replace(".base_layer", "")
-    module, words = name.split(".lora_")[0], set(name.lower().split("."))
-    layer = ".".join(name.split(".")[: _layer_index(name) + 1])
-    if "experts" in words and not words & {"shared_experts", "shared_expert"}:
-        return "experts", layer
-    if words & {"shared_experts", "shared_expert", "shared_mlp", "shared_expert_gate"}:
-        return "shared experts", layer
-    if any("attn" in word or "attention" in word for word in words) and "layernorm" not in module.lower():
-        return "attention", layer
-    if words & {"gate", "router"} and words & {"mlp", "block_sparse_moe", "moe", "feed_forward", "mixer"}:
-        return "router", layer
-    if words & {"mlp", "feed_forward"}:
-        return "dense mlp", layer
-    if any("embed" in word or word == "lm_head" for word in words):
-        return "embeddings and head", module
-    return "other", module
+def _parts_by_module(model: nn.Module) -> dict[str, str]:
+    """The modules that are a part of the model by themselves, by plain name; what lies inside belongs to them."""
+    parts = {}
+    for name, module in _plain_modules(model):
+        words = name.lower().split(".")
+        if is_experts_module(module):
+            parts[name] = "experts"
+        elif words[-1] in ("shared_expert", "shared_experts", "shared_mlp", "shared_expert_gate"):
+            parts[name] = "shared experts"
+        elif "attention" in type(module).__name__.lower():
+            parts[name] = "attention"
+        elif isinstance(module, nn.Embedding) or words[-1] == "lm_head":
+            parts[name] = "embeddings and head"
+        elif words[-1] in ("mlp", "feed_forward"):
+            parts[name] = "dense mlp"
+    return parts | {name: "router" for name, _ in _routers(model)}
 
 
-def _layer_index(name: str) -> int:
-    parts = name.split(".")
-    return next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+def _prefixes(name: str) -> Iterator[str]:
+    """The name and the names of the modules around it, innermost first."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]

@@ -21,7 +21,10 @@ def evaluate(config: TrainConfig, console: Console, *, adapter: Path | None) -> 
     adapter: a folder; None: the run's own. Raises ConfigError if the configuration holds no row out.
     """
     if not config.has_heldout:
-        raise ConfigError("val_set_size, test_datasets: neither is set, so there is nothing held out to evaluate")
+        raise ConfigError(
+            "val_set_size, test_datasets: neither is set, so nothing is held out to measure a loss on; "
+            "add --set test_datasets.0.path=FILE with rows that were not trained on"
+        )
     folder = find_adapter(config, adapter)
     prepared = prepare(config, console)
     assert prepared.heldout is not None

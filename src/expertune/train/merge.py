@@ -1,6 +1,8 @@
 """An adapter merged into a full checkpoint, and the proof that it is the same model."""
 
 import gc
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +34,15 @@ def merge(config: TrainConfig, adapter: Path, output: Path) -> MergeReport:
     """Write the base model with the adapter merged in, as plain Transformers loads it.
 
     The merged model is read back from disk, with Transformers' own experts, and its logits on random tokens are
-    compared with the unmerged model's; only then does the folder get its name. Raises ConfigError if `output` exists,
-    ExpertuneError if the merged model is another model.
+    compared with the unmerged model's; only then does the folder get its name. Raises ConfigError if `output` exists
+    or cannot be written, ExpertuneError if the merged model is another model.
     """
-    if output.exists():
-        raise ConfigError(f"--output: {output} exists; choose another folder or delete it")
+    _check_output(output)
     tokenizer = load_tokenizer(config)
-    model = load_adapter(load_model(config), adapter)
+    base = load_model(config)
+    _check_room(output, sum(weight.nbytes for weight in base.parameters()))
+    model = load_adapter(base, adapter)
+    del base
     ids = torch.randint(
         model.config.get_text_config().vocab_size,
         (1, NUM_CHECK_TOKENS),
@@ -64,6 +68,31 @@ def merge(config: TrainConfig, adapter: Path, output: Path) -> MergeReport:
                 f"(allowed in {dtype}: {TOLERANCE[dtype]:.0e}); nothing was written"
             )
     return MergeReport(output, error, TOLERANCE[dtype], adapter_effect)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"--output: {output} exists; choose another folder or delete it")
+    try:
+        with tempfile.TemporaryDirectory(dir=_existing_parent(output), prefix=".partial-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--output: {output} cannot be written ({error.strerror or error}); choose another folder"
+        ) from error
+
+
+def _check_room(output: Path, need_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(_existing_parent(output)).free
+    if free_bytes < need_bytes:
+        raise ConfigError(
+            f"--output: the disk of {output} has {free_bytes / 2**20:,.0f} MiB free, and the merged checkpoint takes "
+            f"{need_bytes / 2**20:,.0f} MiB; free some space or choose another folder"
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -62,6 +63,7 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     resume_command: what to type to continue, said when a signal stops the run.
     Raises ConfigError or DataError before training if anything is wrong; Interrupted after a signal.
     """
+    _check_one_process_one_gpu()
     os.environ.update(wandb_environment(config))
     output_dir = Path(config.output_dir)
     checkpoint = _checkpoint_to_resume(config, output_dir, resume)
@@ -88,29 +90,30 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
             if checkpoint is None:
                 report.samples_before = _samples(trainer, prepared, config)
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if stop.received is None:
-                report.samples_after = _samples(trainer, prepared, config)
-                if prepared.heldout is not None and _logged_heldout_loss(trainer, trainer.state.global_step) is None:
-                    trainer.evaluate()
+            if stop.received is None:  # otherwise a checkpoint is saved, and there is more to train
+                with whole_folder(output_dir / ADAPTER) as folder:
+                    model.save_pretrained(str(folder))
+                    prepared.tokenizer.save_pretrained(str(folder))
+                report.train_loss = result.training_loss
+                _look_at_the_end(trainer, prepared, config, report)
     except Stopped:
-        pass
+        trainer.save_now()
     finally:
         progress.close()
     if stop.received is not None:
-        _raise_interrupted(stop.received, output_dir, trainer.state.global_step, resume_command)
-    with whole_folder(output_dir / ADAPTER) as folder:
-        model.save_pretrained(str(folder))
-        prepared.tokenizer.save_pretrained(str(folder))
-    report.heldout_loss_before = _logged_heldout_loss(trainer, 0)
-    report.heldout_loss_after = _logged_heldout_loss(trainer, trainer.state.global_step)
-    report.steps, report.train_loss, report.log = (
-        trainer.state.global_step,
-        result.training_loss,
-        trainer.state.log_history,
-    )
+        raise _interrupted(stop.received, output_dir, trainer.state.global_step, resume_command)
     report.seconds, report.peak_memory_gib = time.perf_counter() - start, peak_memory_bytes() / 2**30
     write_whole(output_dir / REPORT, json.dumps(asdict(report), indent=2) + "\n")
     return report
+
+
+def _check_one_process_one_gpu() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("this version trains in one process; start it without torchrun or accelerate launch")
+    if torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"this version trains on one GPU, and {torch.cuda.device_count()} are visible: set CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def _checkpoint_to_resume(config: TrainConfig, output_dir: Path, resume: bool) -> Path | None:
@@ -155,6 +158,17 @@ def _trainer(
     )
     set_intervals(args, config, num_batches=len(trainer.get_train_dataloader()))
     return trainer
+
+
+def _look_at_the_end(trainer: Trainer, prepared: Prepared, config: TrainConfig, report: RunReport) -> None:
+    """Held-out loss and samples of the trained model, into the report."""
+    report.samples_after = _samples(trainer, prepared, config)
+    report.steps = trainer.state.global_step
+    if prepared.heldout is not None and _logged_heldout_loss(trainer, report.steps) is None:
+        trainer.evaluate()
+    report.heldout_loss_before = _logged_heldout_loss(trainer, 0)
+    report.heldout_loss_after = _logged_heldout_loss(trainer, report.steps)
+    report.log = trainer.state.log_history
 
 
 def _samples(trainer: Trainer, prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
@@ -205,8 +219,13 @@ def _checkpoint_bytes(model: PeftModel, config: TrainConfig) -> int:
     return one_checkpoint * ((config.save_total_limit or 1) + 1) + trainable
 
 
-def _raise_interrupted(signal_name: str, output_dir: Path, step: int, resume_command: str) -> None:
+def _interrupted(signal_name: str, output_dir: Path, step: int, resume_command: str) -> Interrupted:
+    if (output_dir / ADAPTER).exists():
+        return Interrupted(
+            f"stopped by {signal_name} after the last step; the adapter is complete: {output_dir / ADAPTER}.\n"
+            f"What is missing is the report; `expertune eval {output_dir}` measures the held-out loss."
+        )
     found = checkpoints(output_dir)
     if not found:
-        raise Interrupted(f"stopped by {signal_name} before the first step; nothing was trained, so nothing is lost")
-    raise Interrupted(f"stopped by {signal_name} at step {step}; saved {found[-1]}.\nContinue with: {resume_command}")
+        return Interrupted(f"stopped by {signal_name} before the first step; nothing was trained, so nothing is lost")
+    return Interrupted(f"stopped by {signal_name} at step {step}; saved {found[-1]}.\nContinue with: {resume_command}")

@@ -53,6 +53,12 @@ class Trainer(SFTTrainer):
             (partial / "run").rmdir()
         rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=False)
 
+    def save_now(self) -> None:
+        """Save a checkpoint of the last finished step, unless there is none or it is saved already."""
+        name = f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        if self.state.global_step > 0 and not (Path(self.args.output_dir) / name).exists():
+            self._save_checkpoint(self.model, trial=None)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no model card of TRL's into the run folder: the report and the resolved configuration say more."""
 

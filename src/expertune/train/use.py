@@ -11,6 +11,8 @@ from expertune.train.model import load_adapter, load_model, load_tokenizer
 from expertune.train.run import ADAPTER, RESOLVED_CONFIG
 from expertune.train.saving import checkpoints
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -21,20 +23,37 @@ class Loaded:
     adapter: Path | None
 
 
+# What only training needs. The machine that uses a run may lack its logger, its optimizer or the adapter it began from.
+_NOT_FOR_USE = ("report_to=none", "optimizer=adamw_torch_fused", "lora_model_dir=", "lora_dropout=0")
+
+
 def config_of(path: Path, overrides: list[str]) -> TrainConfig:
-    """Read a configuration file, or the resolved configuration of a run folder."""
-    if path.is_dir():
-        resolved = path / RESOLVED_CONFIG
-        if not resolved.is_file():
-            raise ConfigError(f"{path} is no run folder (no {RESOLVED_CONFIG}); pass a run's output_dir or a YAML file")
-        path = resolved
-    return load_config(path, overrides).config
+    """Read a configuration file, or the resolved configuration of a run folder, wherever that is by now."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder; need a run's output_dir or a YAML file")
+    if not path.is_dir():
+        return load_config(path, overrides).config
+    if not (path / RESOLVED_CONFIG).is_file():
+        if (path / ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"{path} is an adapter's folder; pass the run's output_dir or its YAML file, with --adapter {path}"
+            )
+        raise ConfigError(f"{path} is no run folder (no {RESOLVED_CONFIG}); pass a run's output_dir or a YAML file")
+    config = load_config(path / RESOLVED_CONFIG, [*_NOT_FOR_USE, *overrides]).config
+    return config.model_copy(update={"output_dir": str(path.absolute())})
 
 
 def find_adapter(config: TrainConfig, given: Path | None) -> Path:
-    """The adapter to use: the one given, else the run's final one, else that of its newest checkpoint."""
+    """The adapter to use: the one given, else the run's final one, else that of its newest checkpoint.
+
+    given: an adapter's folder, or a run's.
+    """
     if given is not None:
-        return given
+        for folder in (given / ADAPTER, given):
+            if (folder / ADAPTER_CONFIG).is_file():
+                return folder
+        what = "holds no adapter (no adapter_config.json)" if given.exists() else "does not exist"
+        raise ConfigError(f"--adapter: {given} {what}; need the folder of an adapter, a checkpoint or a run")
     run = Path(config.output_dir)
     if (run / ADAPTER).is_dir():
         return run / ADAPTER

@@ -1,0 +1,106 @@
+"""Targets are read from the model, and what an adapter missed is found."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+import expertune
+from expertune.integrations.backends import BACKENDS, pick_backend, unavailable_reason
+from expertune.integrations.targets import summarise_trainable
+from tests.integrations.test_architectures import MODELS, build
+from tests.tiny import tiny_model, with_adapter
+
+TARGETS = {
+    "mixtral": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    "olmoe": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    "gpt_oss": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    "deepseek_v3": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    "glm4_moe": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+    "nemotron_h": ["mixer.experts.down_proj", "mixer.experts.up_proj"],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_expert_is_found_and_adapted(name: str) -> None:
+    model = build(name, "expertune")
+    assert expertune.get_target_parameters(model) == TARGETS[name]
+    adapted = with_adapter(model)
+    assert expertune.check_peft_model(adapted) == []
+    rows = {row.part: row for row in summarise_trainable(adapted)}
+    assert rows["experts"].num_trainable > 0
+    assert rows["experts"].num_adapted == rows["experts"].num_modules
+    assert rows["attention"].num_trainable > 0
+    total = sum(row.num_trainable for row in rows.values())
+    assert total == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_the_router_only_on_request() -> None:
+    model = tiny_model("expertune")
+    assert "mlp.gate.weight" not in expertune.get_target_parameters(model)
+    assert "mlp.gate.weight" in expertune.get_target_parameters(model, router=True)
+
+
+def test_attention_modules() -> None:
+    assert expertune.get_attention_modules(tiny_model("expertune")) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert {"kv_a_proj_with_mqa", "q_a_proj"} <= set(expertune.get_attention_modules(build("deepseek_v3", "expertune")))
+
+
+def test_a_dense_model_is_refused() -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no experts"):
+        expertune.get_target_parameters(AutoModelForCausalLM.from_config(config))
+
+
+def test_experts_outside_of_the_interface_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "llama4_text", vocab_size=32, hidden_size=16, intermediate_size=16, intermediate_size_mlp=16,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2,
+        moe_layers=[0],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="stores experts outside of Transformers' experts interface"):
+        expertune.get_target_parameters(model)
+
+
+def test_what_an_adapter_missed_is_found() -> None:
+    model = tiny_model("expertune")
+    only_down = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    problems = expertune.check_peft_model(get_peft_model(model, only_down))
+    assert problems == [
+        f"model.layers.{layer}.mlp.experts.gate_up_proj was asked for and has no adapter" for layer in (0, 1)
+    ]
+
+
+def test_a_frozen_adapter_and_a_trainable_router_are_found() -> None:
+    model = with_adapter(tiny_model("expertune"))
+    for name, parameter in model.named_parameters():
+        if "layers.1.mlp.experts" in name and "lora_A" in name:
+            parameter.requires_grad_(False)
+        if name.endswith("layers.0.mlp.gate.weight"):
+            parameter.requires_grad_(True)
+    problems = expertune.check_peft_model(model)
+    assert sum("has an adapter that is frozen" in problem for problem in problems) == 2
+    assert "model.layers.0.mlp.gate.weight: the router's own weight is trainable" in problems
+
+
+def test_backends_say_why_they_cannot_run() -> None:
+    assert unavailable_reason("expertune", "cpu") is None
+    assert unavailable_reason("torch_grouped", "cpu") is None
+    assert "needs an NVIDIA GPU of compute capability 9.x or newer (Hopper)" in str(
+        unavailable_reason("sonicmoe", "cpu")
+    )
+    assert "compute capability 8.x" in str(unavailable_reason("scattermoe", "cpu"))
+    assert pick_backend("cpu") == "torch_grouped"
+    with pytest.raises(ValueError, match="there are expertune, sonicmoe, scattermoe, torch_grouped"):
+        unavailable_reason("magic")
+
+
+def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    assert "NVIDIA A100 has 8.0" in str(unavailable_reason("sonicmoe"))
+    assert pick_backend("cuda") == next(b.name for b in BACKENDS if unavailable_reason(b.name) is None)
