@@ -9,7 +9,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
-PY := PYTHONPATH=src:$$PYTHONPATH $(PYTHON)
+PY := PYTHONPATH=$(CURDIR)/src:$$PYTHONPATH $(PYTHON)
 READY :=
 else
 PY := $(VENV)/bin/python

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from expertune.train.run import Trainer
@@ -93,6 +95,13 @@ def damaged_weights(folder: Path, _patch: pytest.MonkeyPatch) -> None:
     (folder / "model" / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:10_000])
 
 
+def incomplete_weights(folder: Path, _patch: pytest.MonkeyPatch) -> None:
+    model_copy(folder)
+    weights = load_file(MODEL / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if ".layers.3." not in name}
+    save_file(kept, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+
+
 def no_tokenizer(folder: Path, _patch: pytest.MonkeyPatch) -> None:
     (folder / "model").mkdir()
     shutil.copy(MODEL / "config.json", folder / "model")
@@ -121,6 +130,23 @@ def adapter_folder(folder: Path, *, rank: int = 4) -> None:
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(saved), encoding="utf-8")
 
 
+def run_with_damaged_adapter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    run_without_weights(folder, patch)
+    (folder / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+
+
+def run_with_adapter_of_another_model(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    run_without_weights(folder, patch)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    weights = {name.format(layer, part): torch.zeros(4, 4) for layer in range(4) for part in "AB"}
+    save_file(weights, folder / "run" / "adapter" / "adapter_model.safetensors")
+
+
+def run_with_a_copied_checkpoint(folder: Path, _patch: pytest.MonkeyPatch) -> None:
+    (folder / "run" / "checkpoint-4-copy").mkdir(parents=True)
+    (folder / "run" / "checkpoint-4-copy" / "trainer_state.json").write_text("{}", encoding="utf-8")
+
+
 def run_without_weights(folder: Path, patch: pytest.MonkeyPatch) -> None:
     run_without_adapter(folder, patch)
     adapter_folder(folder / "run")
@@ -140,8 +166,6 @@ def disk_full_while_writing(_folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 def gpu_out_of_memory(_folder: Path, patch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_options: object) -> None:
-        import torch
-
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     patch.setattr("expertune.train.run.load_model", fail)
@@ -211,7 +235,18 @@ TABLE = {
     "broken config.json": bad("base_model: ", "config.json", keys=MODEL_HERE, make=broken_model_config),
     "unknown architecture": bad("base_model: ", "qwen9_moe", keys=MODEL_HERE, make=unknown_architecture),
     "no weights": bad("base_model: ", "model.safetensors", keys=MODEL_HERE, make=no_weights),
-    "damaged weights": bad("base_model: ", "the weights are damaged", "again", keys=MODEL_HERE, make=damaged_weights),
+    "damaged weights": bad(
+        "base_model: ", "the weights in ", "are damaged", "again", keys=MODEL_HERE, make=damaged_weights
+    ),
+    "incomplete weights": bad(
+        "base_model: ", "incomplete: it has no model.layers.3", "more", keys=MODEL_HERE, make=incomplete_weights
+    ),
+    "adapter for a model": bad(
+        "base_model: ",
+        "(no config.json); it holds an adapter, which goes into lora_model_dir",
+        keys={"base_model": "adapter"},
+        make=lambda folder, _: adapter_folder(folder),
+    ),
     "no tokenizer": bad("base_model: ", "has no tokenizer", "tokenizer_config", keys=MODEL_HERE, make=no_tokenizer),
     "no MoE": bad("base_model: ", "has no experts", "lora_target_parameters: []", keys=MODEL_HERE, make=dense_model),
     "no such module": keys(
@@ -276,6 +311,9 @@ TABLE = {
     "read-only output_dir": keys("output_dir: /proc/run cannot be written", "Choose another", output_dir="/proc/run"),
     "earlier run": bad("output_dir: ", "holds an earlier run", "--resume", "choose another", make=earlier_run),
     "nothing to resume": command("train config.yaml --resume", "--resume: ", "has no checkpoint"),
+    "a copy is no checkpoint": command(
+        "train config.yaml --resume", "--resume: ", "has no checkpoint", make=run_with_a_copied_checkpoint
+    ),
     "no checkpoint": keys(
         "resume_from_checkpoint: ", "is no checkpoint", "checkpoint-", resume_from_checkpoint="train.jsonl"
     ),
@@ -294,7 +332,7 @@ TABLE = {
     "GPU out of memory": bad("the GPU ran out of memory", "micro_batch_size", make=gpu_out_of_memory, code=1),
     # runs put to use
     "eval of nothing": command(
-        "eval run", "nothing is held out", "--set test_datasets.0.path=FILE", make=run_without_weights
+        "eval run", "nothing is held out", "--set test_datasets.0.path=FILE", make=run_with_damaged_adapter
     ),
     "eval of no run": command("eval gone", "gone: no such file or folder", "output_dir"),
     "generate without a run": command("generate .", ". is no run folder (no expertune.yaml)", "YAML file"),
@@ -310,15 +348,19 @@ TABLE = {
     "adapter without its weights": command(
         "generate run -p x", "run/adapter", "no adapter_model.safetensors", make=run_without_weights
     ),
+    "damaged adapter": command("generate run -p x", "run/adapter are damaged", make=run_with_damaged_adapter),
+    "adapter of another model": command(
+        "generate run -p x", "run/adapter does not fit the base model", make=run_with_adapter_of_another_model
+    ),
     "merge without output": command("merge run", "Missing option '--output'"),
-    "merge into a folder": command("merge run -o .", "--output: . exists", "delete it", make=run_without_weights),
-    "merge into nowhere": command("merge run -o /proc/m", "--output: /proc/m cannot be", make=run_without_weights),
-    "merge into a file": command("merge run -o train.jsonl/m", "Not a directory", make=run_without_weights),
+    "merge into a folder": command("merge run -o .", "--output: . exists", "delete it", make=run_with_damaged_adapter),
+    "merge into nowhere": command("merge run -o /proc/m", "--output: /proc/m cannot be", make=run_with_damaged_adapter),
+    "merge into a file": command("merge run -o train.jsonl/m", "Not a directory", make=run_with_damaged_adapter),
     "merge on a full disk": command(
         "merge run -o merged",
         "--output: the disk of merged has 1 MiB free",
         "takes 14 MiB",
-        make=lambda folder, patch: (run_without_weights(folder, patch), full_disk(folder, patch)),
+        make=lambda folder, patch: (run_with_damaged_adapter(folder, patch), full_disk(folder, patch)),
     ),
 }
 
@@ -350,8 +392,6 @@ def test_wrong_input_is_refused_with_a_reason_and_a_way_out(
     if case.make is not None:
         case.make(folder, monkeypatch)
     result = call(*case.arguments)
-    if os.environ.get("SHOW"):
-        print(f"\n## {name}\n{result.output}")
     assert isinstance(result.exception, SystemExit), f"{result.exception!r}\n{result.output}"
     assert result.exit_code == case.code, result.output
     for fragment in case.says:

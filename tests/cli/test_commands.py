@@ -72,7 +72,7 @@ def test_version() -> None:
 
 
 def test_config_lists_every_key_with_its_meaning() -> None:
-    result = call("config", columns=250)
+    result = call("config", columns=500)
     assert result.exit_code == 0
     for key in iter_keys():
         assert re.search(rf"│ {re.escape(key.path)} +│", result.output), key.path

@@ -34,11 +34,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base, adapter, merged, ids, output = sys.argv[1:]
 ids = torch.tensor([json.loads(ids)])
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 with torch.no_grad():
     logits = {
-        "adapter": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)(ids).logits,
-        "merged": AutoModelForCausalLM.from_pretrained(merged)(ids).logits,
-        "base": AutoModelForCausalLM.from_pretrained(base)(ids).logits,
+        "adapter": PeftModel.from_pretrained(load(base), adapter)(ids).logits,
+        "merged": load(merged)(ids).logits,
+        "base": load(base)(ids).logits,
     }
 assert AutoTokenizer.from_pretrained(merged).chat_template == AutoTokenizer.from_pretrained(adapter).chat_template
 assert not [name for name in sys.modules if name.startswith("expertune")]

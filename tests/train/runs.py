@@ -57,7 +57,8 @@ def run(config: Path, *overrides: str, resume: bool = False) -> tuple[RunReport,
 
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     """Train in a process of its own, to be stopped by signals."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.Popen(
         [sys.executable, "-m", "expertune", "train", str(config), *arguments],
         stdout=subprocess.PIPE,

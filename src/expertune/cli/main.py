@@ -127,14 +127,14 @@ def generate(
             )
 
         if prompt is not None:
-            console.print(answer(prompt), markup=False)
+            typer.echo(answer(prompt))
             return
         messages: list[dict[str, str]] = []
         while line := _ask(console):
             messages.append({"role": "user", "content": line})
             text = answer(messages if loaded.tokenizer.chat_template else line)
             messages.append({"role": "assistant", "content": text})
-            console.print(text, markup=False)
+            typer.echo(text)
 
 
 @app.command()
