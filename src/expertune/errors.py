@@ -9,5 +9,9 @@ class ConfigError(ExpertuneError):
     """The configuration is wrong, or contradicts itself or the machine. Nothing was started."""
 
 
+class Interrupted(ExpertuneError):
+    """The run was stopped by a signal; everything worth keeping is saved."""
+
+
 class DataError(ExpertuneError):
     """A data set is missing, empty or has bad rows. Nothing was started."""

@@ -36,6 +36,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         test_datasets=[{"path": str(write_rows(heldout, short_rows("heldout.jsonl", 8)))}],
         max_steps=8,
         learning_rate=3e-3,
+        bf16=False,
+        tf32=False,
         sample_prompts=[PROMPT],
         sample_max_new_tokens=REPLY_TOKENS,
         output_dir=str(folder / "my runs" / "first"),

@@ -157,6 +157,10 @@ def full_disk(_folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("shutil.disk_usage", lambda _path: usage)
 
 
+def no_gpu(_folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def disk_full_while_writing(_folder: Path, patch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -211,10 +215,11 @@ TABLE = {
         experts_implementation="eager",
     ),
     "no such backend": sets("experts_implementation=sonic", "got sonic", "the nearest is sonicmoe"),
-    "sonicmoe without Hopper": keys(
+    "sonicmoe without Hopper": bad(
         "sonicmoe needs an NVIDIA GPU of compute capability 9.x or newer (Hopper)",
         "Use experts_implementation: expertune",
-        use_sonicmoe=True,
+        keys={"use_sonicmoe": True},
+        make=no_gpu,
     ),
     "dropout on experts": keys("lora_dropout: got 0.1; need 0", "lora_target_parameters: []", lora_dropout=0.1),
     "nothing trains": keys("nothing would train", lora_target_modules=[], lora_target_parameters=[]),
@@ -268,9 +273,9 @@ TABLE = {
     # tokens and templates
     "broken template": keys("chat_template_jinja: line 1: ", chat_template_jinja="{% for m in messages %}{{ m.content"),
     "template of nothing": keys(
-        "its chat template mark no token",
+        "mark no token",
         "chat_template: chatml",
-        chat_template_jinja="{% generation %}{% endgeneration %}",
+        chat_template_jinja="{{ messages[0].content }}{% generation %}{% endgeneration %}",
     ),
     "template without markers": keys(
         "has no {% generation %} markers", "train_on_inputs: true", chat_template_jinja="{{ messages[0].content }}"

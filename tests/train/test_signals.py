@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from expertune.errors import Interrupted
 from expertune.train import run as run_module
-from expertune.train.run import Interrupted
 from expertune.train.trainer import Trainer
 from tests.train.runs import losses, run, start, write_config, write_rows
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from expertune.cli.output import Output
-from expertune.errors import ConfigError, DataError, ExpertuneError
+from expertune.errors import ConfigError, DataError, ExpertuneError, Interrupted
 
 FAILED, WRONG_USE = 1, 2
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -22,8 +22,11 @@ def reporting_errors() -> Iterator[None]:
     except (ConfigError, DataError) as error:
         _say(str(error))
         raise typer.Exit(WRONG_USE) from error
-    except ExpertuneError as error:
+    except Interrupted as error:
         Output(stderr=True).print(str(error), markup=False)
+        raise typer.Exit(FAILED) from error
+    except ExpertuneError as error:
+        _say(str(error))
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
         Output(stderr=True).print("stopped")

@@ -45,12 +45,9 @@ def unavailable_reason(name: str, device_type: str | None = None) -> str | None:
     backend = next((backend for backend in BACKENDS if backend.name == name), None)
     if backend is None:
         raise ValueError(f"{name!r} is no expert backend; there are {', '.join([AUTO, *(b.name for b in BACKENDS)])}")
-    problem = _device_problem(backend, device_type)
-    if problem is not None:
-        return problem
-    if not backend.released:
-        return f"{name} is not part of this version of expertune; use experts_implementation: {AUTO}"
-    return None
+    problems = [] if backend.released else [f"{name} is not part of this version of expertune"]
+    problems += _device_problems(backend, device_type)
+    return f"{'; '.join(problems)}. Use experts_implementation: {AUTO}" if problems else None
 
 
 def pick_backend(device_type: str | None = None) -> str:
@@ -58,9 +55,9 @@ def pick_backend(device_type: str | None = None) -> str:
     return next(backend.name for backend in BACKENDS if unavailable_reason(backend.name, device_type) is None)
 
 
-def _device_problem(backend: Backend, device_type: str | None) -> str | None:
+def _device_problems(backend: Backend, device_type: str | None) -> list[str]:
     if backend.min_capability is None:
-        return None
+        return []
     need = f"{backend.name} needs an NVIDIA GPU of compute capability {backend.min_capability[0]}.x or newer"
     if backend.min_capability[0] >= 9:
         need += " (Hopper)"
@@ -68,9 +65,8 @@ def _device_problem(backend: Backend, device_type: str | None) -> str | None:
 
     if device_type == "cpu" or not torch.cuda.is_available():
         where = "the model is on the CPU" if device_type == "cpu" else "this machine has no usable NVIDIA GPU"
-        return f"{need}; {where}. Use experts_implementation: {AUTO}"
+        return [need, where]
     capability = torch.cuda.get_device_capability()
     if capability < backend.min_capability:
-        found = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
-        return f"{need}; {found}. Use experts_implementation: {AUTO}"
-    return None
+        return [need, f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"]
+    return []

@@ -1,17 +1,22 @@
 """Tokenizer, base model and adapter, as the configuration asks for them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import expertune
 from expertune.errors import ConfigError
 from expertune.train.config import TrainConfig
+from expertune.train.config.problems import nearest
 from expertune.train.data import CHATML, CHATML_TOKENS
+from expertune.train.sources import adapter_folder, naming
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -26,21 +31,24 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
 def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer with the configuration's chat template and special tokens; it always has a pad token."""
     source = config.tokenizer_config or config.base_model
-    with _naming("tokenizer_config" if config.tokenizer_config else "base_model", source):
+    with naming("tokenizer_config" if config.tokenizer_config else "base_model", source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     special = {} if config.special_tokens is None else dict(config.special_tokens)
-    unknown = [token for token in special.values() if token not in tokenizer.get_vocab()]
-    unknown += [token for token in config.eot_tokens or () if token not in tokenizer.get_vocab()]
+    asked = [("special_tokens", token) for token in special.values()]
+    asked += [("eot_tokens", token) for token in config.eot_tokens or ()]
     if config.chat_template == "chatml":
-        unknown += [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
+        asked += [("chat_template: chatml", token) for token in CHATML_TOKENS]
         tokenizer.chat_template = CHATML
     elif config.chat_template == "jinja":
         tokenizer.chat_template = config.chat_template_jinja
-    if unknown:
-        raise ConfigError(
-            f"special_tokens, eot_tokens, chat_template: the tokenizer of {source} has no token {unknown[0]!r}. "
-            "New tokens would need new embeddings, which this version does not train; use tokens of its vocabulary."
-        )
+        _check_template(tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    for key, token in asked:
+        if token not in vocabulary:
+            raise ConfigError(
+                f"{key}: the tokenizer of {source} has no token {token!r}. New tokens would need new embeddings, "
+                "which this version does not train; use tokens of its vocabulary."
+            )
     if special:
         tokenizer.add_special_tokens(special)
     if tokenizer.pad_token is None:
@@ -53,12 +61,19 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     kwargs: dict[str, Any] = {"experts_implementation": config.experts_implementation}
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
-    with _naming("base_model", config.base_model):
-        model = AutoModelForCausalLM.from_pretrained(
+    with naming("base_model", config.base_model):
+        model, loading = AutoModelForCausalLM.from_pretrained(
             config.base_model,
             dtype=compute_dtype(config),
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
             **kwargs,
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:  # Transformers fills them with random numbers
+        raise ConfigError(
+            f"base_model: the checkpoint in {config.base_model} is incomplete: it has no {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -69,11 +84,12 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     Raises ConfigError if nothing matches the targets, or if an expert layer was asked for and has no adapter.
     """
     if config.lora_model_dir is not None:
-        peft_model = load_adapter(model, Path(config.lora_model_dir), trainable=True)
+        peft_model = load_adapter(model, adapter_folder("lora_model_dir", Path(config.lora_model_dir)), trainable=True)
         parameters = None
     else:
         parameters = _target_parameters(model, config)
         modules = config.lora_target_modules
+        _check_names(model, config)
         lora = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
@@ -97,35 +113,76 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on the model. folder: an adapter's, or a run's (then its `adapter` folder)."""
-    folder = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{folder} holds no adapter (no adapter_config.json)")
+    """Put a saved adapter on the model."""
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except SafetensorError as error:
+        raise ConfigError(f"the weights of the adapter in {folder} are damaged ({error})") from error
     except (ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(f"the adapter in {folder} does not fit the base model: {error}") from error
+        lines = str(error).splitlines()
+        more = f"\n\t… {len(lines) - 3} more" if len(lines) > 3 else ""
+        text = "\n".join(lines[:3]) + more
+        raise ConfigError(f"the adapter in {folder} does not fit the base model: {text}") from error
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"chat_template_jinja: line {error.lineno}: {error.message}") from error
+    except Exception:  # it may refuse this chat; the data are rendered row by row later
+        return
+
+
+def _check_names(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Refuse names that match nothing: PEFT does so only where nothing matches at all."""
+    modules = [name for name, _ in model.named_modules()]
+    linear = sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
+    targets = config.lora_target_modules
+    if (
+        isinstance(targets, str)
+        and targets != "all-linear"
+        and not any(re.fullmatch(targets, name) for name in modules)
+    ):
+        raise ConfigError(
+            f"lora_target_modules: the pattern {targets} matches no module; it must match the whole name, "
+            f"as in .*\\.({'|'.join(linear)})"
+        )
+    named = [] if targets is None or isinstance(targets, str) else targets
+    _check_each("lora_target_modules", "module", named, modules, linear)
+    others = sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()})
+    _check_each("lora_modules_to_save", "module", config.lora_modules_to_save or [], modules, others)
+    parameters = [name for name, _ in model.named_parameters()]
+    wanted = config.lora_target_parameters or []
+    if not all(_is_in(name, parameters) for name in wanted):
+        offered = _target_parameters(model, config.model_copy(update={"lora_target_parameters": None}))
+        _check_each("lora_target_parameters", "parameter", wanted, parameters, offered)
+
+
+def _check_each(key: str, what: str, wanted: list[str], present: list[str], offered: list[str]) -> None:
+    for name in wanted:
+        if not _is_in(name, present):
+            near = nearest(name, offered)
+            raise ConfigError(
+                f"{key}: the model has no {what} called {name}; there are {', '.join(offered)}"
+                + (f"; the nearest is {near}" if near else "")
+            )
+
+
+def _is_in(name: str, present: list[str]) -> bool:
+    return any(each == name or each.endswith(f".{name}") for each in present)
 
 
 def _target_parameters(model: nn.Module, config: TrainConfig) -> list[str]:
-    if config.lora_target_parameters is not None:
-        return list(config.lora_target_parameters)
+    given = config.lora_target_parameters
+    if given is not None and not config.lora_router:
+        return list(given)
     try:
-        return expertune.get_target_parameters(model, router=config.lora_router)
+        wanted = expertune.get_target_parameters(model, router=config.lora_router)
+        if given is None:
+            return wanted
+        return [*given, *set(wanted).difference(expertune.get_target_parameters(model))]  # the routers'
     except ValueError as error:
-        raise ConfigError(f"base_model: {error}") from error
-
-
-class _naming:
-    """Turns what Transformers raises for a model that cannot be loaded into an error that names the key."""
-
-    def __init__(self, key: str, source: str) -> None:
-        self.key, self.source = key, source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
-            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ConfigError(f"{self.key}: {self.source} cannot be loaded: {first_line}") from error
+        raise ConfigError(f"base_model: {error}; lora_target_parameters: [] adapts attention only") from error

@@ -1,6 +1,7 @@
 """Everything that can be wrong before a model is loaded: output folder, tokenizer, data, lengths."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from expertune.train.config import DatasetConfig, TrainConfig
 from expertune.train.data import LossPlan, Rows, SourceSpec, check_lengths, load_data, loss_plan
 from expertune.train.model import load_tokenizer
+from expertune.train.sources import adapter_folder, check_base_model
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ def prepare(config: TrainConfig, console: Console) -> Prepared:
 
     Raises ConfigError or DataError, complete, before any model is loaded.
     """
+    check_base_model(config)
+    if config.lora_model_dir is not None:
+        adapter_folder("lora_model_dir", Path(config.lora_model_dir))
     tokenizer = load_tokenizer(config)
     data = load_data(
         [_source(entry) for entry in config.datasets],

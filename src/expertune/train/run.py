@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
-from expertune.errors import ConfigError, ExpertuneError
+from expertune.errors import ConfigError, Interrupted
 from expertune.integrations.backends import AUTO, pick_backend
 from expertune.integrations.targets import summarise_trainable
 from expertune.train.arguments import set_intervals, sft_config
@@ -22,7 +22,7 @@ from expertune.train.generation import reply
 from expertune.train.memory import peak_memory_bytes
 from expertune.train.model import add_adapter, load_model
 from expertune.train.prepare import Prepared, prepare
-from expertune.train.saving import check_output_dir, checkpoints, tidy, whole_folder, write_whole
+from expertune.train.saving import CHECKPOINT_PREFIX, check_output_dir, checkpoints, tidy, whole_folder, write_whole
 from expertune.train.trainer import Trainer
 
 ADAPTER = "adapter"
@@ -50,10 +50,6 @@ class RunReport:
     samples_before: list[tuple[str, str]] = field(default_factory=list)
     samples_after: list[tuple[str, str]] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
-
-
-class Interrupted(ExpertuneError):
-    """The run was stopped by a signal; everything worth keeping is saved."""
 
 
 def train(config: TrainConfig, console: Console, *, resume_command: str, resume: bool = False) -> RunReport:
@@ -120,7 +116,11 @@ def _checkpoint_to_resume(config: TrainConfig, output_dir: Path, resume: bool) -
     if config.resume_from_checkpoint is not None:
         folder = Path(config.resume_from_checkpoint)
         if not (folder / "trainer_state.json").is_file():
-            raise ConfigError(f"resume_from_checkpoint: {folder} is no checkpoint (no trainer_state.json)")
+            there = [path.name for path in checkpoints(folder)] if folder.is_dir() else []
+            raise ConfigError(
+                f"resume_from_checkpoint: {folder} is no checkpoint (no trainer_state.json); need a "
+                f"{CHECKPOINT_PREFIX}N folder of a run" + (f"; inside it are {', '.join(there)}" if there else "")
+            )
         return folder
     found = checkpoints(output_dir) if output_dir.is_dir() else []
     if config.auto_resume_from_checkpoints and found:

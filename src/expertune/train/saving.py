@@ -71,8 +71,12 @@ def tidy(folder: Path) -> list[str]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run folder, oldest step first."""
-    found = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+    found = {
+        int(path.name.removeprefix(CHECKPOINT_PREFIX)): path
+        for path in folder.glob(f"{CHECKPOINT_PREFIX}*")
+        if path.name.removeprefix(CHECKPOINT_PREFIX).isdecimal() and (path / "trainer_state.json").is_file()
+    }
+    return [found[step] for step in sorted(found)]
 
 
 def check_output_dir(folder: Path, need_bytes: int) -> None:
@@ -96,7 +100,11 @@ def check_output_dir(folder: Path, need_bytes: int) -> None:
 
 
 def _flush(folder: Path) -> None:
+    """Bring every file to the disk, readable for whom the umask says (safetensors writes for the owner alone)."""
+    umask = os.umask(0)
+    os.umask(umask)
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(path.stat().st_mode | (0o444 & ~umask))
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -10,8 +10,7 @@ from expertune.train.config import TrainConfig, load_config
 from expertune.train.model import load_adapter, load_model, load_tokenizer
 from expertune.train.run import ADAPTER, RESOLVED_CONFIG
 from expertune.train.saving import checkpoints
-
-ADAPTER_CONFIG = "adapter_config.json"
+from expertune.train.sources import ADAPTER_CONFIG, adapter_folder
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,10 @@ def find_adapter(config: TrainConfig, given: Path | None) -> Path:
     given: an adapter's folder, or a run's.
     """
     if given is not None:
-        for folder in (given / ADAPTER, given):
-            if (folder / ADAPTER_CONFIG).is_file():
-                return folder
-        what = "holds no adapter (no adapter_config.json)" if given.exists() else "does not exist"
-        raise ConfigError(f"--adapter: {given} {what}; need the folder of an adapter, a checkpoint or a run")
+        return adapter_folder("--adapter", given)
     run = Path(config.output_dir)
     if (run / ADAPTER).is_dir():
-        return run / ADAPTER
+        return adapter_folder("output_dir", run / ADAPTER)
     found = checkpoints(run) if run.is_dir() else []
     if not found:
         raise ConfigError(f"{run} holds no adapter and no checkpoint: train first, or pass --adapter")
