@@ -7,21 +7,19 @@ A Qwen3-MoE model of two layers with 64 experts, LoRA on experts and attention, 
 """
 
 import csv
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import expertune
+from environment import environment
 
 NUM_STEPS = 9
 RESULTS = Path(__file__).parent / "results" / "cpu_experts.csv"
@@ -108,11 +106,7 @@ def measure(num_tokens: int, rank: int) -> list[dict[str, object]]:
 
 def main() -> None:
     rows = [row for num_tokens in (128, 1024) for row in measure(num_tokens, rank=16)]
-    versions = {
-        "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "peft": peft.__version__, "expertune": expertune.__version__,
-    }  # fmt: skip
+    versions = environment()
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:

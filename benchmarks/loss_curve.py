@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from environment import environment
 from expertune.train.config import load_config
 from expertune.train.run import train
 
@@ -47,9 +48,10 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", f"loss_{OURS}", f"loss_peft_fold_{PEFTS}", "relative_difference"])
+        where = environment()
+        writer.writerow(["step", f"loss_{OURS}", f"loss_peft_fold_{PEFTS}", "relative_difference", *where])
         for step, (ours, pefts) in enumerate(zip(curves[OURS], curves[PEFTS], strict=True), start=1):
-            writer.writerow([step, f"{ours:.7f}", f"{pefts:.7f}", f"{abs(ours - pefts) / pefts:.2e}"])
+            writer.writerow([step, f"{ours:.7f}", f"{pefts:.7f}", f"{abs(ours - pefts) / pefts:.2e}", *where.values()])
     last = abs(curves[OURS][-1] - curves[PEFTS][-1]) / curves[PEFTS][-1]
     print(f"step {NUM_STEPS}: {curves[OURS][-1]:.6f} and {curves[PEFTS][-1]:.6f}, relative difference {last:.1e}")
     print(f"written to {output}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from instruct import Row
 from pretrain import PretrainResult, PretrainSettings
 from tokens import CorpusFacts

@@ -6,9 +6,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import corpus
 import numpy as np
 from transformers import PreTrainedTokenizerFast
+
+import corpus
 
 
 @dataclass(frozen=True)
