@@ -19,6 +19,7 @@ endif
 .PHONY: quickstart test check setup clean
 
 quickstart: $(READY)
+	@test ! -e runs/quickstart || mv runs/quickstart runs/quickstart-before-$$(date +%Y%m%d-%H%M%S)
 	$(PY) -m expertune train examples/quickstart.yaml
 
 test: $(READY)

@@ -47,7 +47,7 @@ ADAPTERS = {
     "rsLoRA": {"use_rslora": True},
     "rank 1": {"r": 1},
     "with the router": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]},
-    "rank_pattern": {"rank_pattern": {"mlp.experts.down_proj": 2}, "alpha_pattern": {"q_proj": 1}},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 1}},
 }
 
 

@@ -25,7 +25,7 @@ def program() -> str:
     if shutil.which("expertune"):
         return "expertune"
     script = Path(sys.executable).parent / "expertune"
-    return min(os.path.relpath(script), str(script), key=len) if script.is_file() else "python -m expertune"
+    return _short(script) if script.is_file() else "python -m expertune"
 
 
 def print_run_report(report: "RunReport", output_dir: Path, console: Console) -> None:
@@ -44,10 +44,15 @@ def print_run_report(report: "RunReport", output_dir: Path, console: Console) ->
         f"peak memory {report.peak_memory_gib:.2f} GiB, experts on {report.experts_backend}",
         markup=False,
     )
-    console.print(f"adapter: {output_dir / 'adapter'}", markup=False)
-    run, merged = shlex.quote(str(output_dir)), shlex.quote(str(output_dir / "merged"))
+    console.print(f"adapter: {_short(output_dir / 'adapter')}", markup=False)
+    run, merged = shlex.quote(_short(output_dir)), shlex.quote(_short(output_dir / "merged"))
     console.print(f"next:    {program()} generate {run}", markup=False)
     console.print(f"         {program()} merge {run} --output {merged}", markup=False)
+
+
+def _short(path: Path) -> str:
+    """The path from the current directory, or in full, whichever is shorter."""
+    return min(os.path.relpath(path), str(path), key=len)
 
 
 def print_config_keys(console: Console, only: str | None) -> None:
