@@ -2,8 +2,9 @@
 
     python benchmarks/expert_linear.py OUT.csv
 
-bf16, rank 16, uniform routing, random data; every way in turn, medians of device-event times. TFLOP/s count 2 S X Y of the
-base product alone, for every way. Each of ours is first compared with the fp32 product of a sample of rows.
+bf16, rank 16, uniform routing, random data; every way in turn, medians of device-event times. The tile table is built
+before, as a layer shares it between its products. TFLOP/s count 2 S X Y of the base product alone, for every way. Each of
+ours is first compared with the fp32 product of a sample of rows.
 """
 
 import csv
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from environment import environment
 from expertune.ops.experts.scattermoe.linear import LinearTile, expert_linear
+from expertune.ops.experts.scattermoe.tiles import build_row_tiles
 from expertune.ops.experts.types import ExpertLora, ExpertProjection
 from expertune.ops.plan import ExpertPlan, build_plan
 
@@ -30,7 +32,7 @@ SHAPES = {  # name: experts, hidden, intermediate, experts per token, tokens
 }
 TILES = [
     LinearTile(rows=rows, columns=columns, k_step=64, num_warps=8, num_stages=stages)
-    for (rows, columns), stages in product(((128, 256), (128, 128)), (3, 4))
+    for (rows, columns), stages in product(((128, 256), (64, 256)), (3, 4))
 ]
 
 
@@ -72,8 +74,8 @@ def measure(name: str) -> list[dict[str, object]]:
     x_TH = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(experts, num_out, hidden, device="cuda", dtype=torch.bfloat16) * hidden**-0.5
     lora = ExpertLora(
-        torch.randn(experts, RANK, hidden, device="cuda") * hidden**-0.5,
-        torch.randn(experts, num_out, RANK, device="cuda") * RANK**-0.5,
+        torch.randn(experts, RANK, hidden, device="cuda", dtype=torch.bfloat16) * hidden**-0.5,
+        torch.randn(experts, num_out, RANK, device="cuda", dtype=torch.bfloat16) * RANK**-0.5,
         scaling=2.0,
     )
     projection, base = ExpertProjection(weight, lora=lora), ExpertProjection(weight)
@@ -87,12 +89,17 @@ def measure(name: str) -> list[dict[str, object]]:
     }
     errors = {}
     for tile in TILES:
+        tiles = build_row_tiles(plan, tile.rows)
         shape = f"{tile.rows}x{tile.columns}x{tile.k_step}, {tile.num_warps} warps, {tile.num_stages} stages"
         for what, call in {
-            f"ours, gathered, LoRA, {shape}": lambda tile=tile: expert_linear(x_TH, projection, plan, tile=tile),
-            f"ours, gathered, no LoRA, {shape}": lambda tile=tile: expert_linear(x_TH, base, plan, tile=tile),
-            f"ours, grouped, no LoRA, {shape}": lambda tile=tile: expert_linear(
-                x_SX, base, plan, grouped=True, tile=tile
+            f"ours, gathered, LoRA, {shape}": lambda tile=tile, tiles=tiles: expert_linear(
+                x_TH, projection, plan, tile=tile, tiles=tiles
+            ),
+            f"ours, gathered, no LoRA, {shape}": lambda tile=tile, tiles=tiles: expert_linear(
+                x_TH, base, plan, tile=tile, tiles=tiles
+            ),
+            f"ours, grouped, no LoRA, {shape}": lambda tile=tile, tiles=tiles: expert_linear(
+                x_SX, base, plan, grouped=True, tile=tile, tiles=tiles
             ),
         }.items():
             try:

@@ -165,18 +165,21 @@ def expert_linear(
     *,
     grouped: bool = False,
     tile: LinearTile | None = None,
+    tiles: RowTiles | None = None,
 ) -> Tensor:
     """Compute `W[e] x + b[e] + scaling B[e] (A[e] x)` for every routed row, without copying the rows. No gradients.
 
     x_NX: [T, in], gathered by token in the load; or, with `grouped`, [S, in] in plan order. The last dimension must be
     contiguous. projection: weight [E, out, in] or a transposed view of [E, in, out], rows of a multiple of 16 bytes.
-    tile: the tile of the launch. Returns [S, out] in plan order, in the dtype of x; sentinel rows are not written.
+    tile: the tile of the launch. tiles: from `build_row_tiles(plan, tile.rows)`, to share it between calls. Returns [S, out] in plan order, in the dtype of x; sentinel rows are not written.
     Raises ValueError, naming the argument. Deterministic. An expert without rows costs nothing.
     """
     projection.check("projection")
     _check(x_NX, projection, plan, grouped)
     tile = tile or LinearTile()
-    tiles = build_row_tiles(plan, tile.rows)
+    tiles = tiles or build_row_tiles(plan, tile.rows)
+    if tiles.block_rows != tile.rows:
+        raise ValueError(f"tiles: built for {tiles.block_rows} rows, the tile has {tile.rows}")
     index_S = None if grouped else plan.token_of_row_S
     u_SR = b_EYR = None
     if projection.lora is not None:
