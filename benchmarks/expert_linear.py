@@ -3,8 +3,8 @@
     python benchmarks/expert_linear.py OUT.csv
 
 bf16, rank 16, uniform routing, random data; every way in turn, medians of device-event times. The tile table is built
-before, as a layer shares it between its products. TFLOP/s count 2 S X Y of the base product alone, for every way. Each of
-ours is first compared with the fp32 product of a sample of rows.
+before, as a layer shares it between its products. TFLOP/s count 2 S X Y of the base product alone, for every way. Each
+of ours is first compared with the fp32 product of a sample of rows.
 """
 
 import csv

@@ -1,9 +1,13 @@
 """Fixtures for every test: uninitialised memory is NaN, so that a value nobody wrote cannot pass."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
 
 
 @pytest.fixture

@@ -1,22 +1,16 @@
 """The fused projection against the fp32 oracle's formula: in Triton's interpreter on the CPU, compiled on a GPU."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 
+from expertune.ops.experts.scattermoe.linear import LinearTile, expert_linear
+from expertune.ops.experts.scattermoe.tiles import build_row_tiles
 from expertune.ops.experts.types import ExpertProjection
 from expertune.ops.plan import ExpertPlan, build_plan
 from tests.comparing import assert_agrees
 from tests.ops.experts.cases import Case, make_problem
-
-triton = pytest.importorskip("triton")
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("without a GPU these run in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
-
-from expertune.ops.experts.scattermoe.linear import LinearTile, expert_linear  # noqa: E402
-from expertune.ops.experts.scattermoe.tiles import build_row_tiles  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []

@@ -171,7 +171,8 @@ def expert_linear(
 
     x_NX: [T, in], gathered by token in the load; or, with `grouped`, [S, in] in plan order. The last dimension must be
     contiguous. projection: weight [E, out, in] or a transposed view of [E, in, out], rows of a multiple of 16 bytes.
-    tile: the tile of the launch. tiles: from `build_row_tiles(plan, tile.rows)`, to share it between calls. Returns [S, out] in plan order, in the dtype of x; sentinel rows are not written.
+    tile: the tile of the launch. tiles: from `build_row_tiles(plan, tile.rows)`, to share it between calls.
+    Returns [S, out] in plan order, in the dtype of x; sentinel rows are not written.
     Raises ValueError, naming the argument. Deterministic. An expert without rows costs nothing.
     """
     projection.check("projection")
