@@ -18,6 +18,7 @@ recomputed. FLOPs: 2 S (J H + H I) forward, the same again for dx, plus the skin
 Everything runs in the dtype of the weights; sums inside a product are fp32. Deterministic: no atomics.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def grouped_expert_mlp(
     biases of the base when, and only when, they require it; an expert without rows gets exact zeros.
     Raises ValueError, naming the argument, if shapes or devices do not belong together.
     """
-    _check(x_TH, weights_TK, plan, up, down)
+    check_expert_mlp(x_TH, weights_TK, plan, up, down)
     compute_dtype = up.weight_EYX.dtype
     y_TH = _GroupedExpertMLP.apply(
         plan,
@@ -58,8 +59,8 @@ def grouped_expert_mlp(
         (_scaling(up), _scaling(down)),
         x_TH.to(compute_dtype),
         weights_TK,
-        *_flatten(up),
-        *_flatten(down),
+        *flatten_projection(up),
+        *flatten_projection(down),
     )
     return y_TH.to(x_TH.dtype)
 
@@ -75,7 +76,7 @@ def grouped_expert_linear(rows_SX: Tensor, projection: ExpertProjection, plan: E
         need = (plan.num_rows, projection.weight_EYX.shape[2])
         raise ValueError(f"rows_SX: got shape {tuple(rows_SX.shape)}, need {need} (rows of the plan, in)")
     rows_SX = rows_SX.to(projection.weight_EYX.dtype)
-    return _GroupedExpertLinear.apply(plan, _scaling(projection), rows_SX, *_flatten(projection))
+    return _GroupedExpertLinear.apply(plan, _scaling(projection), rows_SX, *flatten_projection(projection))
 
 
 def gather_rows(x_TH: Tensor, plan: ExpertPlan) -> Tensor:
@@ -98,15 +99,18 @@ class _Flat(NamedTuple):
     b_EYR: Tensor | None
 
 
-def _flatten(projection: ExpertProjection) -> _Flat:
+def flatten_projection(projection: ExpertProjection) -> _Flat:
     if projection.lora is None:
         return _Flat(projection.weight_EYX, projection.bias_EY, None, None)
     return _Flat(projection.weight_EYX, projection.bias_EY, projection.lora.a_ERX, projection.lora.b_EYR)
 
 
-def _unflatten(flat: _Flat, scaling: float) -> ExpertProjection:
-    lora = None if flat.a_ERX is None or flat.b_EYR is None else ExpertLora(flat.a_ERX, flat.b_EYR, scaling)
-    return ExpertProjection(flat.weight_EYX, flat.bias_EY, lora)
+def unflatten_projection(tensors: Sequence[Tensor | None], scaling: float) -> ExpertProjection:
+    """The projection again, from the four tensors of `flatten_projection`."""
+    weight_EYX, bias_EY, a_ERX, b_EYR = tensors
+    assert weight_EYX is not None
+    lora = None if a_ERX is None or b_EYR is None else ExpertLora(a_ERX, b_EYR, scaling)
+    return ExpertProjection(weight_EYX, bias_EY, lora)
 
 
 def _scaling(projection: ExpertProjection) -> float:
@@ -118,7 +122,7 @@ class _GroupedExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan, activation, scalings, x_TH, weights_TK, *flat):  # type: ignore[no-untyped-def]
-        up, down = _unflatten(_Flat(*flat[:4]), scalings[0]), _unflatten(_Flat(*flat[4:]), scalings[1])
+        up, down = unflatten_projection(flat[:4], scalings[0]), unflatten_projection(flat[4:], scalings[1])
         with _no_autocast(x_TH):
             h_SJ, u1_SR = _project(x_TH[plan.token_of_row_S], up, plan)
             z_SH, u2_SR = _project(activation(h_SJ), down, plan)
@@ -133,7 +137,7 @@ class _GroupedExpertMLP(torch.autograd.Function):
     def backward(ctx, dy_TH):  # type: ignore[no-untyped-def]
         plan = ctx.plan
         x_TH, weights_TK, h_SJ, u1_SR, u2_SR, *flat = ctx.saved_tensors
-        up, down = _unflatten(_Flat(*flat[:4]), ctx.scalings[0]), _unflatten(_Flat(*flat[4:]), ctx.scalings[1])
+        up, down = unflatten_projection(flat[:4], ctx.scalings[0]), unflatten_projection(flat[4:], ctx.scalings[1])
         need_x, need_weights = ctx.needs_input_grad[3:5]
         need_up, need_down = _Flat(*ctx.needs_input_grad[5:9]), _Flat(*ctx.needs_input_grad[9:13])
         dx_TH = dweights_TK = None
@@ -174,7 +178,7 @@ class _GroupedExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, scaling, rows_SX, *flat):  # type: ignore[no-untyped-def]
         with _no_autocast(rows_SX):
-            out_SY, u_SR = _project(rows_SX, _unflatten(_Flat(*flat), scaling), plan)
+            out_SY, u_SR = _project(rows_SX, unflatten_projection(flat, scaling), plan)
         ctx.plan, ctx.scaling = plan, scaling
         ctx.save_for_backward(rows_SX, u_SR, *flat)
         return _zero_sentinels(out_SY, plan)
@@ -183,7 +187,7 @@ class _GroupedExpertLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_SY):  # type: ignore[no-untyped-def]
         rows_SX, u_SR, *flat = ctx.saved_tensors
-        projection, plan = _unflatten(_Flat(*flat), ctx.scaling), ctx.plan
+        projection, plan = unflatten_projection(flat, ctx.scaling), ctx.plan
         drows_SX = None
         with _no_autocast(rows_SX):
             v_SR = _adapter_grad(dout_SY, projection, plan)
@@ -242,15 +246,15 @@ def _parameter_grads(
 
     dweight = dbias = da = db = None
     if need.weight_EYX and rows_SX is not None:
-        dweight = _grouped_outer(dout_SY, scaled(rows_SX), plan)
+        dweight = grouped_outer(dout_SY, scaled(rows_SX), plan)
     if need.bias_EY:
         ones_S8 = dout_SY.new_ones(dout_SY.shape[0], 8)  # 8 columns: one would break the alignment rule
-        dbias = _grouped_outer(scaled(ones_S8), dout_SY, plan)[:, 0]
+        dbias = grouped_outer(scaled(ones_S8), dout_SY, plan)[:, 0]
     lora = projection.lora
     if lora is not None and need.a_ERX and v_SR is not None and rows_SX is not None:
-        da = _grouped_outer(scaled(v_SR), rows_SX, plan)[:, : lora.rank].to(lora.a_ERX.dtype)
+        da = grouped_outer(scaled(v_SR), rows_SX, plan)[:, : lora.rank].to(lora.a_ERX.dtype)
     if lora is not None and need.b_EYR and u_SR is not None:
-        db = _grouped_outer(dout_SY, scaled(u_SR).mul(lora.scaling), plan)[..., : lora.rank].to(lora.b_EYR.dtype)
+        db = grouped_outer(dout_SY, scaled(u_SR).mul(lora.scaling), plan)[..., : lora.rank].to(lora.b_EYR.dtype)
     return _Flat(dweight, dbias, da, db)  # type: ignore[arg-type]
 
 
@@ -267,7 +271,7 @@ def _grouped_mm(rows_SX: Tensor, weight_EXY: Tensor, plan: ExpertPlan) -> Tensor
     return out_SY
 
 
-def _grouped_outer(left_SY: Tensor, right_SX: Tensor, plan: ExpertPlan) -> Tensor:
+def grouped_outer(left_SY: Tensor, right_SX: Tensor, plan: ExpertPlan) -> Tensor:
     """left^T right over the rows of each expert: [E, Y, X], zero for an expert without rows."""
     if _torch_takes(left_SY, right_SX):
         return F.grouped_mm(left_SY.t(), right_SX, offs=plan.row_ends_E)
@@ -332,7 +336,9 @@ def _no_autocast(rows: Tensor) -> torch.autocast:
     return torch.autocast(rows.device.type, enabled=False)
 
 
-def _check(x_TH: Tensor, weights_TK: Tensor, plan: ExpertPlan, up: ExpertProjection, down: ExpertProjection) -> None:
+def check_expert_mlp(
+    x_TH: Tensor, weights_TK: Tensor, plan: ExpertPlan, up: ExpertProjection, down: ExpertProjection
+) -> None:
     up.check("up")
     down.check("down")
     if x_TH.shape != (plan.num_tokens, up.weight_EYX.shape[2]):

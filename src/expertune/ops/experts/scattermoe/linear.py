@@ -103,7 +103,7 @@ def _expert_linear_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_expert[:, None] & (columns < num_out)[None, :])
 
 
-def _launch_expert_linear(
+def launch_expert_linear(
     x_NX: Tensor,
     row_index_S: Tensor | None,
     weight_EYX: Tensor,
@@ -186,8 +186,8 @@ def expert_linear(
     if projection.lora is not None:
         a_ERX, b_EYR = padded_lora(projection, x_NX.dtype)
         thin = LinearTile(rows=tile.rows, columns=max(16, a_ERX.shape[1]), k_step=tile.k_step, num_warps=4)
-        u_SR = _launch_expert_linear(x_NX, index_S, a_ERX, None, None, None, tiles, plan.num_rows, thin)
-    return _launch_expert_linear(
+        u_SR = launch_expert_linear(x_NX, index_S, a_ERX, None, None, None, tiles, plan.num_rows, thin)
+    return launch_expert_linear(
         x_NX, index_S, projection.weight_EYX, u_SR, b_EYR, projection.bias_EY, tiles, plan.num_rows, tile
     )
 
