@@ -38,4 +38,4 @@ def _commit() -> str:
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout
 
     source_changed = git("status", "--porcelain", "--", "../src", "../benchmarks/*.py").strip()
-    return git("rev-parse", "--short", "HEAD").strip() + ("+" if source_changed else "")
+    return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + ("+" if source_changed else "")

@@ -8,7 +8,6 @@ of ours is first compared with the fp32 product of a sample of rows.
 """
 
 import csv
-import statistics
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -23,34 +22,13 @@ from expertune.ops.experts.scattermoe.linear import LinearTile, expert_linear
 from expertune.ops.experts.scattermoe.tiles import build_row_tiles
 from expertune.ops.experts.types import ExpertLora, ExpertProjection
 from expertune.ops.plan import ExpertPlan, build_plan
+from timing import SHAPES, medians
 
 RANK = 16
-SHAPES = {  # name: experts, hidden, intermediate, experts per token, tokens
-    "Qwen3-30B-A3B": (128, 2048, 768, 8, 8192),
-    "GLM-4.5-Air": (128, 4096, 1408, 8, 8192),
-    "Mixtral-8x7B": (8, 4096, 14336, 2, 8192),
-}
 TILES = [
     LinearTile(rows=rows, columns=columns, k_step=64, num_warps=8, num_stages=stages)
     for (rows, columns), stages in product(((128, 256), (64, 256)), (3, 4))
 ]
-
-
-def medians(ways: dict[str, Callable[[], Tensor]], repeats: int = 20) -> dict[str, tuple[float, float, float]]:
-    """p20, p50 and p80 in ms of each way, all ways in turn within each repeat."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(3):
-        for way in ways.values():
-            way()
-    for _ in range(repeats):
-        for name, way in ways.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            way()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: tuple(statistics.quantiles(t, n=10)[i] for i in (1, 4, 7)) for name, t in times.items()}
 
 
 def sample_error(out_SY: Tensor, x_SX: Tensor, projection: ExpertProjection, plan: ExpertPlan) -> float:
