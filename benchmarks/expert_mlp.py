@@ -2,9 +2,10 @@
 
     python benchmarks/expert_mlp.py OUT.csv
 
-bf16, rank 16, fp32 adapters, frozen base; gradients of x, adapters and routing weights; uniform routing; the plan is built
-in every step; every way in turn. "Dense" is cuBLAS doing the FLOPs of the base products (both forward, dx of both). Peak is
-above what the inputs take. The worst difference is relative, to torch_grouped, over the output and every gradient.
+bf16, rank 16, fp32 adapters, frozen base; gradients of x, adapters and routing weights; uniform routing; the plan is
+built in every step; every way in turn. "Dense" is cuBLAS doing the FLOPs of the base products (both forward, dx of
+both). Peak is above what the inputs take. The worst difference is relative, to torch_grouped, over the output and
+every gradient.
 """
 
 import csv
