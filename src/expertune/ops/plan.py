@@ -82,6 +82,8 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
             f"expert_ids_TK: ids span {int(ids_S.min())} to {int(ids_S.max())}, need 0 to {num_experts - 1} "
             "(pass sentinels=True if ids out of range mark rows of another rank)"
         )
+    if num_experts < torch.iinfo(torch.int16).max:
+        ids_S = ids_S.clamp(max=num_experts).to(torch.int16)  # a radix sort of two passes instead of eight
     sorted_ids_S, slot_of_row_S = torch.sort(ids_S, stable=True)
     experts_F = torch.arange(num_experts + 1, device=ids_S.device, dtype=ids_S.dtype)
     row_of_slot_S = torch.empty_like(slot_of_row_S)

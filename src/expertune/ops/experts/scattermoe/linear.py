@@ -1,9 +1,9 @@
 """One expert projection with LoRA, fused: the gather in the load, the adapter as one more K step, in one kernel.
 
-    out_s = W[e] x_r(s) + b[e] + v_s,   v_s = B[e] u_s                     for row s of expert e
+    out_s = W[e] x_r(s) + b[e] + B[e] (scaling u_s)                        for row s of expert e
 
 r(s) is s itself or a gather index (the token of the row). u [S, R] is the adapter's thin product (A x, or B^T dy in the
-input gradient), B comes scaled. The same kernel is the input gradient: W seen transposed, A in the place of B.
+input gradient), scaled as it is loaded. The same kernel is the input gradient: W seen transposed, A in the place of B.
 
 FLOPs: 2 S X Y + 2 S R Y. Bytes, at least: W once, x once for each block of columns through L2, out once.
 Persistent: as many programs as the GPU has multiprocessors take tiles in turn, in groups of GROUP_TILES row tiles, so
@@ -13,6 +13,7 @@ that the columns of W a group shares are read from L2 (H200, S = 65k: 522 agains
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,6 +46,10 @@ def _expert_linear_kernel(
     weight,
     u_ptr,
     lora_b_ptr,
+    stride_b_expert,
+    stride_b_row,
+    stride_b_rank,
+    scaling,
     bias_ptr,
     out_ptr,
     expert_of_tile_ptr,
@@ -91,10 +96,10 @@ def _expert_linear_kernel(
         if RANK > 0:
             ranks = tl.arange(0, RANK)
             u = tl.load(u_ptr + rows.to(tl.int64)[:, None] * RANK + ranks[None, :], mask=in_expert[:, None], other=0.0)
-            b_rows = expert.to(tl.int64) * num_out + columns
-            b = tl.load(
-                lora_b_ptr + b_rows[:, None] * RANK + ranks[None, :], mask=(columns < num_out)[:, None], other=0.0
-            )
+            u = (u.to(tl.float32) * scaling).to(x_ptr.dtype.element_ty)
+            b_ptrs = lora_b_ptr + expert.to(tl.int64) * stride_b_expert
+            b_ptrs += columns[:, None] * stride_b_row + ranks[None, :] * stride_b_rank
+            b = tl.load(b_ptrs, mask=(columns < num_out)[:, None], other=0.0)
             acc = tl.dot(u, b.T, acc, input_precision=PRECISION)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert.to(tl.int64) * num_out + columns, mask=columns < num_out, other=0.0)
@@ -109,6 +114,7 @@ def launch_expert_linear(
     weight_EYX: Tensor,
     u_SR: Tensor | None,
     lora_b_EYR: Tensor | None,
+    scaling: float,
     bias_EY: Tensor | None,
     tiles: RowTiles,
     num_rows: int,
@@ -128,6 +134,8 @@ def launch_expert_linear(
         weight,
         u_SR,
         lora_b_EYR,
+        *((0, 0, 0) if lora_b_EYR is None else lora_b_EYR.stride()),
+        scaling,
         bias_EY,
         out_SY,
         tiles.expert_of_tile_M,
@@ -183,23 +191,27 @@ def expert_linear(
         raise ValueError(f"tiles: built for {tiles.block_rows} rows, the tile has {tile.rows}")
     index_S = None if grouped else plan.token_of_row_S
     u_SR = b_EYR = None
+    scaling = 0.0
     if projection.lora is not None:
+        scaling = projection.lora.scaling
         a_ERX, b_EYR = padded_lora(projection, x_NX.dtype)
         thin = LinearTile(rows=tile.rows, columns=max(16, a_ERX.shape[1]), k_step=tile.k_step, num_warps=4)
-        u_SR = launch_expert_linear(x_NX, index_S, a_ERX, None, None, None, tiles, plan.num_rows, thin)
+        u_SR = launch_expert_linear(x_NX, index_S, a_ERX, None, None, 0.0, None, tiles, plan.num_rows, thin)
     return launch_expert_linear(
-        x_NX, index_S, projection.weight_EYX, u_SR, b_EYR, projection.bias_EY, tiles, plan.num_rows, tile
+        x_NX, index_S, projection.weight_EYX, u_SR, b_EYR, scaling, projection.bias_EY, tiles, plan.num_rows, tile
     )
 
 
 def padded_lora(projection: ExpertProjection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A [E, R', in] and scaling * B [E, out, R'], contiguous, padded with zeros to R', a power of two from 16 on."""
+    """A [E, R', in] and B [E, out, R'] in `dtype`, contiguous, padded with zeros to R', a power of two from 16 on."""
     lora = projection.lora
     assert lora is not None
     padding = max(MIN_RANK, triton.next_power_of_2(lora.rank)) - lora.rank
-    a_ERX = torch.nn.functional.pad(lora.a_ERX, (0, 0, 0, padding))
-    b_EYR = torch.nn.functional.pad(lora.b_EYR * lora.scaling, (0, padding))
-    return a_ERX.to(dtype).contiguous(), b_EYR.to(dtype).contiguous()
+    a_ERX, b_EYR = lora.a_ERX, lora.b_EYR
+    if padding:
+        a_ERX, b_EYR = F.pad(a_ERX, (0, 0, 0, padding)), F.pad(b_EYR, (0, padding))
+    layout = torch.contiguous_format  # a cast lays the copy out anew; without a cast `to` returns the tensor as it is
+    return a_ERX.to(dtype, memory_format=layout).contiguous(), b_EYR.to(dtype, memory_format=layout).contiguous()
 
 
 def _check(x_NX: Tensor, projection: ExpertProjection, plan: ExpertPlan, grouped: bool) -> None:

@@ -3,9 +3,9 @@
 Formulas, and what is saved, are those of `torch_grouped`; here nothing is gathered in memory, each adapter rides in the
 accumulator of its base product, and sums over K keep fp32 until they are stored. In order:
 
-forward    u1 = A1 x_t | h = W1 x_t + B1 u1 | a = act(h) | u2 = A2 a | z = W2 a + B2 u2 | y = combine(p, z)
-backward   v2 = B2^T dy_t | da = W2^T dy_t + A2^T v2 | dh, a, dp | v1 = B1^T dh | dx = combine(W1^T dh + A1^T v1)
-           dA2 = v2^T p a | dB2 = dy_t^T p u2 | dA1 = v1^T x_t | dB1 = dh^T u1        (fp32, deterministic)
+forward    u1 = A1 x_t | h = W1 x_t + s1 B1 u1 | a = act(h) | u2 = A2 a | z = W2 a + s2 B2 u2 | y = combine(p, z)
+backward   v2 = B2^T dy_t | da = W2^T dy_t + s2 A2^T v2 | dh, a, dp | v1 = B1^T dh | dx = combine(W1^T dh + s1 A1^T v1)
+           dA2 = s2 v2^T p a | dB2 = s2 dy_t^T p u2 | dA1 = s1 v1^T x_t | dB1 = s1 dh^T u1      (fp32, deterministic)
 """
 
 from typing import NamedTuple
@@ -60,20 +60,11 @@ def scattermoe_expert_mlp(
 
 
 class _Adapter(NamedTuple):
-    """An adapter as the kernels take it: A [E, R', in] and scaled B [E, out, R'], both also with R' last or first."""
+    """An adapter as the kernels take it: A [E, R', in] and B [E, out, R'] in the rows' dtype, and the scaling."""
 
     a_ERX: Tensor
     b_EYR: Tensor
-
-    @property
-    def down_ERY(self) -> Tensor:
-        """B as the weight of v = B^T dy: [E, R', out], a view."""
-        return self.b_EYR.transpose(1, 2)
-
-    @property
-    def up_EXR(self) -> Tensor:
-        """A as the second factor of the input's gradient: [E, in, R'], a thin copy."""
-        return self.a_ERX.transpose(1, 2).contiguous()
+    scaling: float
 
 
 class _Launcher(NamedTuple):
@@ -83,41 +74,54 @@ class _Launcher(NamedTuple):
     tiles: RowTiles
     tile: LinearTile
 
-    def product(self, x_NX: Tensor, weight_EYX: Tensor, *, gather: bool, u_SR=None, b_EYR=None, bias_EY=None) -> Tensor:
+    def product(
+        self,
+        x_NX: Tensor,
+        weight_EYX: Tensor,
+        *,
+        gather: bool,
+        u_SR: Tensor | None = None,
+        b_EYR: Tensor | None = None,
+        scaling: float = 0.0,
+        bias_EY: Tensor | None = None,
+    ) -> Tensor:
+        """W x + b + B (scaling u)."""
         index_S = self.plan.token_of_row_S if gather else None
         return launch_expert_linear(
-            x_NX, index_S, weight_EYX, u_SR, b_EYR, bias_EY, self.tiles, self.plan.num_rows, self.tile
+            x_NX, index_S, weight_EYX, u_SR, b_EYR, scaling, bias_EY, self.tiles, self.plan.num_rows, self.tile
         )
 
     def thin(self, x_NX: Tensor, weight_ERX: Tensor, *, gather: bool) -> Tensor:
+        """The rank-R product: one column of tiles."""
         tile = LinearTile(self.tile.rows, max(MIN_RANK, weight_ERX.shape[1]), self.tile.k_step, num_warps=4)
         return self._replace(tile=tile).product(x_NX, weight_ERX, gather=gather)
 
     def adapted(
         self, x_NX: Tensor, projection: ExpertProjection, adapter: _Adapter | None, *, gather: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """W x + b + B (A x), and A x."""
+        """W x + b + B (scaling A x), and u = A x."""
+        weight, bias = projection.weight_EYX, projection.bias_EY
         if adapter is None:
-            return self.product(x_NX, projection.weight_EYX, gather=gather, bias_EY=projection.bias_EY), None
-        u_SR = self.thin(x_NX, adapter.a_ERX, gather=gather)
-        out_SY = self.product(
-            x_NX, projection.weight_EYX, gather=gather, u_SR=u_SR, b_EYR=adapter.b_EYR, bias_EY=projection.bias_EY
-        )
-        return out_SY, u_SR
+            return self.product(x_NX, weight, gather=gather, bias_EY=bias), None
+        u_SR, b_EYR = self.thin(x_NX, adapter.a_ERX, gather=gather), adapter.b_EYR
+        scaling = adapter.scaling
+        return self.product(x_NX, weight, gather=gather, u_SR=u_SR, b_EYR=b_EYR, scaling=scaling, bias_EY=bias), u_SR
 
     def input_grad(
         self, dout_NY: Tensor, projection: ExpertProjection, adapter: _Adapter | None, *, gather: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """W^T dout + A^T v, and v = B^T dout."""
+        """W^T dout + A^T (scaling v), and v = B^T dout."""
         weight_EXY = projection.weight_EYX.transpose(1, 2)
         if adapter is None:
             return self.product(dout_NY, weight_EXY, gather=gather), None
-        v_SR = self.thin(dout_NY, adapter.down_ERY, gather=gather)
-        return self.product(dout_NY, weight_EXY, gather=gather, u_SR=v_SR, b_EYR=adapter.up_EXR), v_SR
+        v_SR, a_EXR = self.thin(dout_NY, adapter.b_EYR.transpose(1, 2), gather=gather), adapter.a_ERX.transpose(1, 2)
+        return self.product(dout_NY, weight_EXY, gather=gather, u_SR=v_SR, b_EYR=a_EXR, scaling=adapter.scaling), v_SR
 
 
 def _adapter(projection: ExpertProjection, dtype: torch.dtype) -> _Adapter | None:
-    return _Adapter(*padded_lora(projection, dtype)) if projection.lora is not None else None
+    if projection.lora is None:
+        return None
+    return _Adapter(*padded_lora(projection, dtype), projection.lora.scaling)
 
 
 class _ScatterMoE(torch.autograd.Function):
@@ -199,8 +203,9 @@ def _parameter_grads(
         dweight = grouped_outer(scaled_SY, in_SX, plan) if need_weight else None
         dbias = grouped_outer(scaled_SY.new_ones(plan.num_rows, 8), scaled_SY, plan)[:, 0] if need_bias else None
     if lora is not None and need_a and v_SR is not None:
-        da = expert_outer(v_SR, in_NX, plan, gather=gather_in, scale_S=p_S)[:, : lora.rank].to(lora.a_ERX.dtype)
+        da = expert_outer(v_SR, in_NX, plan, gather=gather_in, scale_S=p_S)[:, : lora.rank]
+        da = da.mul_(lora.scaling).to(lora.a_ERX.dtype)
     if lora is not None and need_b and u_SR is not None:
         db = expert_outer(u_SR, dout_NY, plan, gather=gather_dout, scale_S=p_S)[:, : lora.rank].transpose(1, 2)
-        db = (db * lora.scaling).to(lora.b_EYR.dtype)
+        db = db.mul_(lora.scaling).to(lora.b_EYR.dtype)
     return dweight, dbias, da, db

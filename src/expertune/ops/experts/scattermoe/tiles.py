@@ -6,10 +6,13 @@ depends on the routing and stays on the device: kernels read it there, so no hos
 
 from dataclasses import dataclass
 
-import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from expertune.ops.plan import ExpertPlan
+
+BLOCK_TILES = 128  # tiles of one expert written at a time
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,52 @@ class RowTiles:
     row_fence_F: Tensor
 
 
+@triton.jit
+def _row_tiles_kernel(
+    row_fence_ptr,
+    expert_of_tile_ptr,
+    first_row_of_tile_ptr,
+    num_tiles_ptr,
+    num_experts,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    starts = tl.load(row_fence_ptr + experts, mask=experts < num_experts, other=0)
+    ends = tl.load(row_fence_ptr + experts + 1, mask=experts < num_experts, other=0)
+    tiles_E = (ends - starts + BLOCK_S - 1) // BLOCK_S
+    first_tile = tl.sum(tl.where(experts < expert, tiles_E, 0), axis=0)
+    num_tiles = tl.sum(tl.where(experts == expert, tiles_E, 0), axis=0)
+    first_row = tl.load(row_fence_ptr + expert)
+    for start in tl.range(0, num_tiles, BLOCK_M):
+        tiles = start + tl.arange(0, BLOCK_M)
+        tl.store(expert_of_tile_ptr + first_tile + tiles, tiles * 0 + expert, mask=tiles < num_tiles)
+        tl.store(first_row_of_tile_ptr + first_tile + tiles, first_row + tiles * BLOCK_S, mask=tiles < num_tiles)
+    if expert == 0:
+        tl.store(num_tiles_ptr, tl.sum(tiles_E, axis=0))
+
+
 def build_row_tiles(plan: ExpertPlan, block_rows: int) -> RowTiles:
-    """Cut the rows of each expert into tiles of `block_rows`. Sentinel rows get no tile."""
+    """Cut the rows of each expert into tiles of `block_rows`, in one launch. Sentinel rows get no tile."""
     fence_F = plan.row_fence_F
     max_tiles = -(-plan.num_rows // block_rows) + plan.num_experts
-    tiles_of_expert_E = (fence_F[1:] - fence_F[:-1] + block_rows - 1) // block_rows
-    tile_ends_E = torch.cumsum(tiles_of_expert_E, 0, dtype=torch.int32)
-    tiles_M = torch.arange(max_tiles, device=fence_F.device, dtype=torch.int32)
-    expert_M = torch.searchsorted(tile_ends_E, tiles_M, right=True, out_int32=True).clamp_(max=plan.num_experts - 1)
-    first_tile_M = (tile_ends_E - tiles_of_expert_E)[expert_M].to(torch.int32)
-    return RowTiles(
+    tiles = RowTiles(
         block_rows=block_rows,
-        expert_of_tile_M=expert_M,
-        first_row_of_tile_M=fence_F[expert_M] + (tiles_M - first_tile_M) * block_rows,
-        num_tiles_1=tile_ends_E[-1:],
+        expert_of_tile_M=fence_F.new_empty(max_tiles),
+        first_row_of_tile_M=fence_F.new_empty(max_tiles),
+        num_tiles_1=fence_F.new_empty(1),
         row_fence_F=fence_F,
     )
+    _row_tiles_kernel[(plan.num_experts,)](
+        fence_F,
+        tiles.expert_of_tile_M,
+        tiles.first_row_of_tile_M,
+        tiles.num_tiles_1,
+        plan.num_experts,
+        BLOCK_S=block_rows,
+        BLOCK_E=triton.next_power_of_2(plan.num_experts),
+        BLOCK_M=BLOCK_TILES,
+    )
+    return tiles
