@@ -56,7 +56,7 @@ def grouped_expert_mlp(
     y_TH = _GroupedExpertMLP.apply(
         plan,
         activation,
-        (_scaling(up), _scaling(down)),
+        (scaling_of(up), scaling_of(down)),
         x_TH.to(compute_dtype),
         weights_TK,
         *flatten_projection(up),
@@ -76,7 +76,7 @@ def grouped_expert_linear(rows_SX: Tensor, projection: ExpertProjection, plan: E
         need = (plan.num_rows, projection.weight_EYX.shape[2])
         raise ValueError(f"rows_SX: got shape {tuple(rows_SX.shape)}, need {need} (rows of the plan, in)")
     rows_SX = rows_SX.to(projection.weight_EYX.dtype)
-    return _GroupedExpertLinear.apply(plan, _scaling(projection), rows_SX, *flatten_projection(projection))
+    return _GroupedExpertLinear.apply(plan, scaling_of(projection), rows_SX, *flatten_projection(projection))
 
 
 def gather_rows(x_TH: Tensor, plan: ExpertPlan) -> Tensor:
@@ -113,7 +113,8 @@ def unflatten_projection(tensors: Sequence[Tensor | None], scaling: float) -> Ex
     return ExpertProjection(weight_EYX, bias_EY, lora)
 
 
-def _scaling(projection: ExpertProjection) -> float:
+def scaling_of(projection: ExpertProjection) -> float:
+    """The adapter's scaling, 0 without an adapter."""
     return projection.lora.scaling if projection.lora else 0.0
 
 

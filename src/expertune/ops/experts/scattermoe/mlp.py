@@ -24,6 +24,7 @@ from expertune.ops.experts.torch_grouped import (
     check_expert_mlp,
     flatten_projection,
     grouped_outer,
+    scaling_of,
     unflatten_projection,
 )
 from expertune.ops.experts.types import Activation, ExpertProjection
@@ -49,7 +50,7 @@ def scattermoe_expert_mlp(
     y_TH = _ScatterMoE.apply(
         plan,
         activation,
-        ((up.lora.scaling if up.lora else 0.0), (down.lora.scaling if down.lora else 0.0)),
+        (scaling_of(up), scaling_of(down)),
         tile or LinearTile(),
         x_TH.to(up.weight_EYX.dtype).contiguous(),
         weights_TK.contiguous(),
