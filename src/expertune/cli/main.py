@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from expertune.cli.bench import bench
 from expertune.cli.failing import reporting_errors
 from expertune.cli.output import Output
 from expertune.errors import ConfigError
@@ -171,6 +172,9 @@ def doctor() -> None:
         from expertune.cli.doctor import print_doctor
 
         print_doctor(Output())
+
+
+app.command()(bench)
 
 
 @app.command("config")

@@ -11,6 +11,8 @@ host synchronisation:
 """
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -65,7 +67,8 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
     num_experts: E, the number of local experts.
     sentinels: ids below 0 or from E on are allowed and mark rows of another rank. Without it such an id is an error,
         which is checked where looking costs no synchronisation (on the CPU).
-    Deterministic: the sort is stable. Raises ValueError on a wrong shape or dtype, or on an id out of range.
+    Deterministic: the sort is stable. On a GPU with Triton it is two launches (`counting_sort`).
+    Raises ValueError on a wrong shape or dtype, or on an id out of range.
     """
     if expert_ids_TK.dim() != 2 or expert_ids_TK.shape[1] < 1:
         raise ValueError(f"expert_ids_TK: got shape {tuple(expert_ids_TK.shape)}, need [tokens, experts per token]")
@@ -74,6 +77,11 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
     if num_experts < 1:
         raise ValueError(f"num_experts: got {num_experts}, need at least 1")
     num_tokens, top_k = expert_ids_TK.shape
+    if expert_ids_TK.is_cuda and _has_triton():
+        from expertune.ops.counting_sort import sort_slots
+
+        rows = sort_slots(expert_ids_TK, num_experts)
+        return ExpertPlan(num_tokens, top_k, num_experts, *rows, has_sentinels=sentinels)
     ids_S = expert_ids_TK.reshape(-1)
     if sentinels:
         ids_S = torch.where(ids_S < 0, num_experts, ids_S)
@@ -98,3 +106,8 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
         row_fence_F=torch.searchsorted(sorted_ids_S, experts_F, out_int32=True),
         has_sentinels=sentinels,
     )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

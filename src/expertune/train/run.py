@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from expertune.errors import ConfigError, Interrupted
 from expertune.integrations.backends import AUTO, pick_backend
@@ -22,6 +22,7 @@ from expertune.train.generation import reply
 from expertune.train.memory import peak_memory_bytes
 from expertune.train.model import add_adapter, load_model
 from expertune.train.prepare import Prepared, prepare
+from expertune.train.records import RecordKernels
 from expertune.train.saving import CHECKPOINT_PREFIX, check_output_dir, checkpoints, tidy, whole_folder, write_whole
 from expertune.train.trainer import Trainer
 
@@ -71,8 +72,9 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     model = add_adapter(load_model(config), config)
     _print_what_trains(model, config, console)
     check_output_dir(output_dir, need_bytes=_checkpoint_bytes(model, config))
-    stop, progress = StopOnSignal(), ShowProgress(console)
-    trainer = _trainer(model, prepared, config, stop, progress, resumed=checkpoint is not None)
+    stop, progress, records = StopOnSignal(), ShowProgress(console), RecordKernels()
+    trainer = _trainer(model, prepared, config, [stop, progress, records], resumed=checkpoint is not None)
+    records.also_log_to(trainer)
     write_whole(output_dir / RESOLVED_CONFIG, resolved_yaml(config))
     report = RunReport(
         base_model=config.base_model,
@@ -96,6 +98,7 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
         trainer.save_now()
     finally:
         progress.close()
+        records.close()
     if stop.received is not None:
         raise _interrupted(stop.received, output_dir, trainer.state.global_step, resume_command)
     report.seconds, report.peak_memory_gib = time.perf_counter() - start, peak_memory_bytes() / 2**30
@@ -141,8 +144,7 @@ def _trainer(
     model: PeftModel,
     prepared: Prepared,
     config: TrainConfig,
-    stop: StopOnSignal,
-    progress: ShowProgress,
+    callbacks: list[TrainerCallback],
     *,
     resumed: bool,
 ) -> Trainer:
@@ -154,7 +156,7 @@ def _trainer(
         train_dataset=prepared.train.dataset,
         eval_dataset=prepared.heldout.dataset if prepared.heldout is not None else None,
         processing_class=prepared.tokenizer,
-        callbacks=[stop, progress],
+        callbacks=callbacks,
     )
     set_intervals(args, config, num_batches=len(trainer.get_train_dataloader()))
     return trainer

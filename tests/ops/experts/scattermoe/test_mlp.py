@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from expertune.ops.experts.gates import SWIGLU
-from expertune.ops.experts.scattermoe.linear import LinearTile
 from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
+from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.plan import build_plan
 from tests.comparing import assert_agrees
 from tests.ops.experts.cases import CASES, Case, Problem, make_problem, swiglu

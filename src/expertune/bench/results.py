@@ -1,0 +1,141 @@
+"""Results as rows of a CSV, with everything that says where they come from; files that are whole or not there."""
+
+import csv
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import expertune
+from expertune.bench.cases import Case
+from expertune.bench.measure import TENSORS, Result
+
+_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl")
+
+
+@dataclass(frozen=True)
+class CaseResults:
+    """A case, the seed and dtype it was drawn with, how often each way was called, and every way's result."""
+
+    case: Case
+    seed: int
+    dtype: str
+    repeats: int
+    results: Sequence[Result]
+
+
+def rows(measured: CaseResults, environment: Mapping[str, str]) -> list[dict[str, object]]:
+    """One row for each way; an empty cell where there is nothing to say."""
+    case, shape = measured.case, measured.case.shape
+    return [
+        {
+            "shape": shape.name,
+            "experts": shape.num_experts,
+            "hidden": shape.hidden,
+            "intermediate": shape.intermediate,
+            "top_k": shape.top_k,
+            "tokens": case.tokens,
+            "rank": case.rank,
+            "routing": case.routing,
+            "dtype": measured.dtype,
+            "seed": measured.seed,
+            "repeats": measured.repeats,
+            "way": result.way,
+            "kind": result.kind,
+            "status": result.status,
+            "note": result.note,
+            "first_call_s": _rounded(result.first_call_s, 3),
+            "p20_ms": _rounded(result.p20_ms, 4),
+            "p50_ms": _rounded(result.p50_ms, 4),
+            "p80_ms": _rounded(result.p80_ms, 4),
+            "p50_queued_ms": _rounded(result.p50_queued_ms, 4),
+            "p50_host_ms": _rounded(result.p50_host_ms, 4),
+            "tflops": _rounded(result.tflops, 1),
+            "share_of_dense": _rounded(result.share_of_dense, 4),
+            "share_of_dense_queued": _rounded(result.share_of_dense_queued, 4),
+            "peak_gib": _rounded(result.peak_gib, 3),
+            "best_rival": result.best_rival or "",
+            "speedup_over_best_rival": _rounded(result.speedup_over_best_rival, 3),
+            "worst_error": _scientific(result.worst_error),
+            **{
+                f"error_{name}": _scientific(result.errors[index] if result.errors else None)
+                for index, name in enumerate(TENSORS)
+            },
+            **environment,
+        }
+        for result in measured.results
+    ]
+
+
+def csv_text(measured: Sequence[CaseResults], environment: Mapping[str, str]) -> str:
+    """The whole CSV; only a header line if nothing was measured."""
+    lines = [row for each in measured for row in rows(each, environment)]
+    text = io.StringIO(newline="")
+    if lines:
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    return text.getvalue()
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """Device, versions and commit, "+" after the commit for a changed source tree."""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else f"none ({platform.machine()} CPU)",
+        "cuda": torch.version.cuda or "",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "expertune": expertune.__version__,
+        "commit": commit_of(Path(expertune.__file__).parent),
+    }
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that the package's files are at, or "unknown" where they are not tracked or git is missing."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "--no-optional-locks", *arguments]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--short", "HEAD")
+    if not commit or git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return "unknown"  # installed into an environment that lies in somebody's checkout
+    return commit + ("+" if git("status", "--porcelain", "--", ".") else "")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is either the old one or the new one, never half of it."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _rounded(value: float | None, digits: int) -> float | str:
+    return "" if value is None else round(value, digits)
+
+
+def _scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"

@@ -1,0 +1,110 @@
+"""The plan's sort on a GPU: a stable counting sort in two launches, without a host synchronisation.
+
+    row of slot i = (slots of smaller experts) + (slots of the same expert before i)
+
+Launch 1 counts the experts of each block of slots; launch 2 adds up the counts of the blocks before its own, and ranks
+the slots inside its block. torch.sort needs a dozen launches for the same (H200, 65536 slots: 45 us in place of 10).
+An id that is no expert (below 0 or from E on) goes past the last expert, so that nothing is written out of bounds.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_BLOCKS = 128  # of slots: each reads the counts of all, so their number is bounded and their size grows
+TILE = 128  # slots compared with each other at once
+
+
+class SortedSlots(NamedTuple):
+    """slot_of_row_S, row_of_slot_S, token_of_row_S: [S] int64. row_fence_F: [E + 1] int32. See `ExpertPlan`."""
+
+    slot_of_row_S: Tensor
+    row_of_slot_S: Tensor
+    token_of_row_S: Tensor
+    row_fence_F: Tensor
+
+
+@triton.jit
+def _load_bins(ids_ptr, slots, num_slots, num_experts):
+    """The bin of each slot: its expert, E if the id is no expert, E + 1 past the last slot."""
+    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=0).to(tl.int32)
+    ids = tl.where((ids < 0) | (ids > num_experts), num_experts, ids)
+    return tl.where(slots < num_slots, ids, num_experts + 1)
+
+
+@triton.jit
+def _count_kernel(ids_ptr, counts_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr, TILE: tl.constexpr):
+    block = tl.program_id(0)
+    counts = tl.zeros((BINS,), dtype=tl.int32)
+    for first in tl.range(0, slots_per_block, TILE):
+        slots = block * slots_per_block + first + tl.arange(0, TILE)
+        counts += tl.histogram(_load_bins(ids_ptr, slots, num_slots, num_experts), BINS)
+    tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), counts)
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr, counts_ptr, slot_of_row_ptr, row_of_slot_ptr, token_of_row_ptr, row_fence_ptr,
+    num_slots, num_experts, top_k, slots_per_block, num_blocks,
+    BINS: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    bins, lanes = tl.arange(0, BINS), tl.arange(0, TILE)
+    before, total = tl.zeros((BINS,), dtype=tl.int32), tl.zeros((BINS,), dtype=tl.int32)
+    for first in tl.range(0, num_blocks, BLOCK_B):
+        blocks = first + tl.arange(0, BLOCK_B)
+        count_ptrs = counts_ptr + blocks[:, None] * BINS + bins[None, :]
+        counts = tl.load(count_ptrs, mask=(blocks < num_blocks)[:, None], other=0)
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((blocks < block)[:, None], counts, 0), axis=0)
+    start = tl.cumsum(total, axis=0) - total
+    if block == 0:
+        tl.store(row_fence_ptr + bins, start, mask=bins <= num_experts)
+    next_row = start + before
+    for first in tl.range(0, slots_per_block, TILE):
+        first_slot = block * slots_per_block + first
+        slots = first_slot + lanes
+        ids = _load_bins(ids_ptr, slots, num_slots, num_experts)
+        earlier = (ids[:, None] == ids[None, :]) & (lanes[None, :] < lanes[:, None])
+        rows = tl.gather(next_row, ids, axis=0) + tl.sum(earlier.to(tl.int32), axis=1)
+        mask = slots < num_slots
+        tl.store(row_of_slot_ptr + slots, rows.to(tl.int64), mask=mask)
+        tl.store(slot_of_row_ptr + rows, slots.to(tl.int64), mask=mask)
+        tl.store(token_of_row_ptr + rows, (slots // top_k).to(tl.int64), mask=mask)
+        next_row += tl.histogram(ids, BINS)
+
+
+def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> SortedSlots:
+    """Sort the T * K slots by expert, stable. expert_ids_TK: [T, K] integer, any strides."""
+    num_slots, device = expert_ids_TK.numel(), expert_ids_TK.device
+    bins = triton.next_power_of_2(num_experts + 2)
+    slots_per_block = TILE * triton.cdiv(num_slots, TILE * MAX_BLOCKS)
+    num_blocks = max(1, triton.cdiv(num_slots, max(slots_per_block, 1)))
+    rows = torch.empty(3, num_slots, device=device, dtype=torch.int64)
+    fence_F = torch.empty(num_experts + 1, device=device, dtype=torch.int32)
+    counts = torch.empty(num_blocks, bins, device=device, dtype=torch.int32)
+    ids_S = expert_ids_TK.reshape(-1)
+    _count_kernel[(num_blocks,)](
+        ids_S, counts, num_slots, num_experts, slots_per_block, BINS=bins, TILE=TILE, num_warps=8
+    )
+    _place_kernel[(num_blocks,)](
+        ids_S,
+        counts,
+        rows[0],
+        rows[1],
+        rows[2],
+        fence_F,
+        num_slots,
+        num_experts,
+        expert_ids_TK.shape[1],
+        slots_per_block,
+        num_blocks,
+        BINS=bins,
+        TILE=TILE,
+        BLOCK_B=max(1, min(32, 8192 // bins)),
+        num_warps=8,
+    )
+    return SortedSlots(rows[0], rows[1], rows[2], fence_F)

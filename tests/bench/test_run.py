@@ -1,0 +1,183 @@
+"""The files of a run: what the CSV holds, that files are whole, and that what was measured survives what goes wrong."""
+
+import csv
+import io
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from expertune.bench import results as results_module
+from expertune.bench import run as run_module
+from expertune.bench.cases import Case
+from expertune.bench.results import CaseResults, write_whole
+from expertune.bench.run import run_bench
+from expertune.bench.timing import ClockTimer
+from expertune.bench.ways import Way, select_ways
+from expertune.errors import ConfigError, ExpertuneError
+from tests.bench.conftest import TINY
+
+COMMIT_OF = results_module.commit_of
+CASES = [Case(TINY, 13, 8, "uniform"), Case(TINY, 7, 4, "zipf")]
+NAMES = ["torch_grouped", "split on grouped_mm", "axolotl fused"]
+
+
+def bench(
+    folder: Path, cases: Sequence[Case] = CASES, ways: Sequence[Way] | None = None
+) -> tuple[list[CaseResults], str]:
+    console = Console(file=io.StringIO(), width=80)
+    measured = run_bench(
+        cases,
+        select_ways(NAMES) if ways is None else ways,
+        console,
+        folder,
+        device=torch.device("cpu"),
+        timer=ClockTimer(),
+        repeats=3,
+        seed=11,
+        dtype=torch.float32,
+    )
+    assert isinstance(console.file, io.StringIO)
+    return measured, console.file.getvalue()
+
+
+def read(folder: Path) -> list[dict[str, str]]:
+    with (folder / "bench.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_has_a_row_for_each_way_of_each_case(tmp_path: Path) -> None:
+    bench(tmp_path)
+    rows = read(tmp_path)
+    assert [(row["shape"], row["tokens"], row["rank"], row["routing"], row["seed"], row["way"]) for row in rows] == [
+        ("tiny", tokens, rank, routing, seed, way)
+        for tokens, rank, routing, seed in (("13", "8", "uniform", "11"), ("7", "4", "zipf", "12"))
+        for way in ("dense cuBLAS", "torch_grouped", "axolotl fused", "split on grouped_mm")
+    ]
+    dense, ours, axolotl, split = rows[:4]
+    assert {row["dtype"] for row in rows} == {"float32"}
+    assert (ours["experts"], ours["hidden"], ours["intermediate"], ours["top_k"]) == ("5", "32", "16", "2")
+    assert ours["torch"] == torch.__version__
+    assert ours["commit"] == "abc1234+"
+    assert {"gpu", "triton", "transformers", "peft", "axolotl", "expertune", "python"} <= set(ours)
+    for row in (dense, ours, split):
+        assert row["status"] == "ok"
+        for name in ("first_call_s", "p20_ms", "p50_ms", "p80_ms", "p50_queued_ms", "tflops", "share_of_dense"):
+            assert float(row[name]) >= 0, name
+        assert row["best_rival"] == "split on grouped_mm"
+    assert float(split["speedup_over_best_rival"]) == 1
+    assert dense["speedup_over_best_rival"] == ""
+    names = ("y", "dx", "dweights", "da_up", "db_up", "da_down", "db_down")
+    assert float(ours["worst_error"]) == max(float(ours[f"error_{name}"]) for name in names) < 1e-5
+    assert dense["worst_error"] == ""
+    assert axolotl["status"] == "skipped"
+    assert axolotl["p50_ms"] == ""
+
+
+def test_a_skipped_rival_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    _, printed = bench(tmp_path, CASES[:1])
+    assert "skipped: axolotl fused: the package axolotl is not installed" in printed
+    row = next(row for row in read(tmp_path) if row["way"] == "axolotl fused")
+    assert row["note"].startswith("the package axolotl is not installed")
+
+
+def test_the_tables_fit_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    _, printed = bench(tmp_path, CASES[:1])
+    assert "…" not in printed
+    header = next(line for line in printed.splitlines() if line.startswith("way"))
+    assert header.split() == ["way", "ms", "queued", "TFLOP/s", "dense", "GiB", "first", "error", "rival"]
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, printed = bench(tmp_path)
+    picture = (tmp_path / "bench.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
+    assert f"written: {tmp_path / 'bench.png'}" in printed.replace("\n", "")
+
+
+def test_without_matplotlib_the_csv_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr("expertune.bench.figure.import_module", missing)
+    _, printed = bench(tmp_path, CASES[:1])
+    assert "no plot: matplotlib cannot be imported" in printed
+    assert not (tmp_path / "bench.png").exists()
+    assert len(read(tmp_path)) == 4
+
+
+def test_a_case_that_does_not_fit_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = run_module.draw_problem
+
+    def too_big(case: Case, **options: object) -> object:
+        if case.tokens == 13:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return draw(case, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "draw_problem", too_big)
+    bench(tmp_path)
+    rows = read(tmp_path)
+    assert {row["status"] for row in rows[:4]} == {"failed"}
+    assert rows[0]["note"] == "the case could not be set up: OutOfMemoryError: CUDA out of memory."
+    assert rows[5]["status"] == "ok"
+
+
+def test_an_interrupted_run_leaves_the_cases_it_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = run_module.draw_problem
+
+    def interrupted(case: Case, **options: object) -> object:
+        if case.tokens == 7:
+            raise KeyboardInterrupt
+        return draw(case, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "draw_problem", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench(tmp_path)
+    assert len(read(tmp_path)) == 4
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_run_that_measured_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(run_module, "draw_problem", fail)
+    with pytest.raises(ExpertuneError, match="not one way could be measured"):
+        bench(tmp_path)
+    assert {row["status"] for row in read(tmp_path)} == {"failed"}
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bench.csv"
+    write_whole(path, b"old")
+
+    def fail(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert [each.name for each in tmp_path.iterdir()] == ["bench.csv"]
+    assert path.read_bytes() == b"old"
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output: .* cannot be written"):
+        run_module.make_output(tmp_path / "file" / "folder")
+
+
+def test_outside_a_checkout_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert COMMIT_OF(tmp_path) == "unknown"
+
+    def missing(*_args: object, **_options: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert COMMIT_OF(tmp_path) == "unknown"

@@ -1,0 +1,56 @@
+"""The GPU's sort gives the plan that torch's sort gives: interpreted here, compiled on a GPU."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from expertune.ops import counting_sort
+from expertune.ops.counting_sort import sort_slots
+from expertune.ops.plan import build_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
+
+
+def expected(ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+    plan = build_plan(ids_TK.cpu(), num_experts, sentinels=True)
+    return plan.slot_of_row_S, plan.row_of_slot_S, plan.token_of_row_S, plan.row_fence_F
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(1, 1, 1), (37, 2, 5), (300, 8, 64), (70, 3, 300), (5, 4, 4), (0, 2, 3), (513, 1, 2)],
+)
+@pytest.mark.parametrize("sentinels", [False, True])
+def test_agrees_with_torchs_sort(tokens: int, top_k: int, experts: int, sentinels: bool) -> None:
+    generator = torch.Generator().manual_seed(tokens + experts)
+    low, high = (-2, experts + 3) if sentinels else (0, experts)
+    ids_TK = torch.randint(low, high, (tokens, top_k), generator=generator)
+    got = sort_slots(ids_TK.to(DEVICE), experts)
+    rows = int(expected(ids_TK, experts)[3][-1])
+    for name, mine, want in zip(got._fields, got, expected(ids_TK, experts), strict=True):
+        assert mine.dtype == want.dtype
+        if name == "row_of_slot_S":
+            valid = ((ids_TK >= 0) & (ids_TK < experts)).reshape(-1)
+            mine, want = mine.cpu()[valid], want[valid]
+        elif name != "row_fence_F":  # sentinels come last, in an order of their own
+            assert sorted(got.slot_of_row_S.tolist()) == list(range(tokens * top_k))
+            mine, want = mine.cpu()[:rows], want[:rows]
+        assert torch.equal(mine.cpu(), want), name
+
+
+def test_many_blocks_of_several_tiles() -> None:
+    ids_TK = torch.randint(0, 9, (1000, 2), generator=torch.Generator().manual_seed(0))
+    with patch.object(counting_sort, "MAX_BLOCKS", 4), patch.object(counting_sort, "TILE", 32):
+        got = sort_slots(ids_TK.to(DEVICE), 9)
+    for mine, want in zip(got, expected(ids_TK, 9), strict=True):
+        assert torch.equal(mine.cpu(), want)
+
+
+@pytest.mark.gpu
+def test_build_plan_uses_it_on_a_gpu_and_takes_any_strides() -> None:
+    ids_TK = torch.randint(0, 128, (8, 4096)).t()[:, ::2]
+    got, want = build_plan(ids_TK.cuda(), 128), build_plan(ids_TK, 128)
+    for name in ("slot_of_row_S", "row_of_slot_S", "token_of_row_S", "row_fence_F"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
