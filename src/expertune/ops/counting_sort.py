@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.ops.triton_launch import Launcher
+
 MAX_BLOCKS = 128  # of slots: each reads the counts of all, so their number is bounded and their size grows
 TILE = 128  # slots compared with each other at once
 
@@ -77,6 +79,9 @@ def _place_kernel(
         next_row += tl.histogram(ids, BINS)
 
 
+_count, _place = Launcher(_count_kernel), Launcher(_place_kernel)
+
+
 def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> SortedSlots:
     """Sort the T * K slots by expert, stable. expert_ids_TK: [T, K] integer, any strides."""
     num_slots, device = expert_ids_TK.numel(), expert_ids_TK.device
@@ -87,24 +92,9 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> SortedSlots:
     fence_F = torch.empty(num_experts + 1, device=device, dtype=torch.int32)
     counts = torch.empty(num_blocks, bins, device=device, dtype=torch.int32)
     ids_S = expert_ids_TK.reshape(-1)
-    _count_kernel[(num_blocks,)](
-        ids_S, counts, num_slots, num_experts, slots_per_block, BINS=bins, TILE=TILE, num_warps=8
-    )
-    _place_kernel[(num_blocks,)](
-        ids_S,
-        counts,
-        rows[0],
-        rows[1],
-        rows[2],
-        fence_F,
-        num_slots,
-        num_experts,
-        expert_ids_TK.shape[1],
-        slots_per_block,
-        num_blocks,
-        BINS=bins,
-        TILE=TILE,
-        BLOCK_B=max(1, min(32, 8192 // bins)),
-        num_warps=8,
-    )
+    _count((num_blocks,), ids_S, counts, num_slots, num_experts, slots_per_block, bins, TILE, num_warps=8)
+    _place(
+        (num_blocks,), ids_S, counts, rows[0], rows[1], rows[2], fence_F, num_slots, num_experts,
+        expert_ids_TK.shape[1], slots_per_block, num_blocks, bins, TILE, max(1, min(32, 8192 // bins)), num_warps=8,
+    )  # fmt: skip
     return SortedSlots(rows[0], rows[1], rows[2], fence_F)

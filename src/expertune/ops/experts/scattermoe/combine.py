@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.ops.plan import ExpertPlan
+from expertune.ops.triton_launch import Launcher
 
 BLOCK_COLUMNS = 1024
 
@@ -18,7 +19,8 @@ def _combine_kernel(
     row_of_slot_ptr,
     weights_ptr,
     y_ptr,
-    row_end_ptr,
+    row_fence_ptr,
+    num_experts,
     width,
     TOP_K: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -26,7 +28,7 @@ def _combine_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row_end = tl.load(row_end_ptr)
+    row_end = tl.load(row_fence_ptr + num_experts)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in range(TOP_K):
         row = tl.load(row_of_slot_ptr + token * TOP_K + k)
@@ -38,20 +40,16 @@ def _combine_kernel(
     tl.store(y_ptr + token * width + columns, acc.to(y_ptr.dtype.element_ty), mask=columns < width)
 
 
+_combine = Launcher(_combine_kernel)
+
+
 def combine(z_SH: Tensor, weights_TK: Tensor | None, plan: ExpertPlan) -> Tensor:
     """Sum rows [S, H] in plan order to tokens [T, H]. weights_TK: contiguous, or None for a plain sum."""
     y_TH = z_SH.new_empty(plan.num_tokens, z_SH.shape[1])
     if plan.num_tokens:
         grid = (plan.num_tokens, triton.cdiv(z_SH.shape[1], BLOCK_COLUMNS))
-        _combine_kernel[grid](
-            z_SH,
-            plan.row_of_slot_S,
-            weights_TK,
-            y_TH,
-            plan.row_fence_F[-1:],
-            z_SH.shape[1],
-            TOP_K=plan.top_k,
-            HAS_WEIGHTS=weights_TK is not None,
-            BLOCK=BLOCK_COLUMNS,
-        )
+        _combine(
+            grid, z_SH, plan.row_of_slot_S, weights_TK, y_TH, plan.row_fence_F, plan.num_experts, z_SH.shape[1],
+            plan.top_k, weights_TK is not None, BLOCK_COLUMNS,
+        )  # fmt: skip
     return y_TH

@@ -19,6 +19,7 @@ from torch import Tensor
 from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.tiling import RowsTile
 from expertune.ops.plan import ExpertPlan
+from expertune.ops.triton_launch import Launcher
 
 # One row a program, H200, S = 65536, I = 768: forward 71 us (256 columns, 4 warps: 123), backward 149 (1024, 4: 168).
 FORWARD = RowsTile(1, 1024, num_warps=2)
@@ -26,15 +27,18 @@ BACKWARD = RowsTile(1, 256, num_warps=1)
 
 
 @triton.jit(launch_metadata=describe_rows("swiglu", "width"))
-def _swiglu_kernel(h_ptr, a_ptr, row_end_ptr, width, BLOCK_I: tl.constexpr):
+def _swiglu_kernel(h_ptr, a_ptr, row_fence_ptr, num_experts, width, BLOCK_I: tl.constexpr):
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    mask = columns < tl.where(row < tl.load(row_end_ptr), width, 0)  # nothing of a sentinel row
+    mask = columns < tl.where(row < tl.load(row_fence_ptr + num_experts), width, 0)  # nothing of a sentinel row
     h_ptrs = h_ptr + row.to(tl.int64) * 2 * width + columns
     gate = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h_ptrs + width, mask=mask, other=0.0).to(tl.float32)
     a = gate * tl.sigmoid(gate) * up
     tl.store(a_ptr + row.to(tl.int64) * width + columns, a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+_swiglu = Launcher(_swiglu_kernel)
 
 
 def swiglu(h_SJ: Tensor, plan: ExpertPlan) -> Tensor:
@@ -43,19 +47,18 @@ def swiglu(h_SJ: Tensor, plan: ExpertPlan) -> Tensor:
     a_SI = h_SJ.new_empty(rows, width)
     if rows:
         block = min(FORWARD.columns, triton.next_power_of_2(width))
-        _swiglu_kernel[(rows, triton.cdiv(width, block))](
-            h_SJ, a_SI, plan.row_fence_F[-1:], width, BLOCK_I=block, num_warps=FORWARD.num_warps
-        )
+        grid = (rows, triton.cdiv(width, block))
+        _swiglu(grid, h_SJ, a_SI, plan.row_fence_F, plan.num_experts, width, block, num_warps=FORWARD.num_warps)
     return a_SI
 
 
 @triton.jit(launch_metadata=describe_rows("swiglu_backward", "width", "WRITE_A"))
 def _swiglu_backward_kernel(
-    h_ptr, da_ptr, p_ptr, dh_ptr, a_ptr, slot_of_row_ptr, dweights_ptr, row_end_ptr, width,
+    h_ptr, da_ptr, p_ptr, dh_ptr, a_ptr, slot_of_row_ptr, dweights_ptr, row_fence_ptr, num_experts, width,
     WRITE_A: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    if row >= tl.load(row_end_ptr):
+    if row >= tl.load(row_fence_ptr + num_experts):
         return  # a sentinel row
     p = tl.load(p_ptr + row).to(tl.float32)
     start = row.to(tl.int64) * width
@@ -78,6 +81,9 @@ def _swiglu_backward_kernel(
     tl.store(dweights_ptr + slot, tl.sum(dp, axis=0).to(dweights_ptr.dtype.element_ty))
 
 
+_swiglu_backward = Launcher(_swiglu_backward_kernel)
+
+
 def swiglu_backward(
     h_SJ: Tensor, da_SI: Tensor, p_S: Tensor, plan: ExpertPlan, *, weights_dtype: torch.dtype, need_a: bool, reuse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,18 +96,9 @@ def swiglu_backward(
     dweights_TK = new(plan.num_tokens, plan.top_k, device=h_SJ.device, dtype=weights_dtype)
     if h_SJ.shape[0]:
         width = da_SI.shape[1]
-        _swiglu_backward_kernel[(h_SJ.shape[0],)](
-            h_SJ,
-            da_SI,
-            p_S,
-            dh_SJ,
-            da_SI,
-            plan.slot_of_row_S,
-            dweights_TK,
-            plan.row_fence_F[-1:],
-            width,
-            WRITE_A=need_a,
-            BLOCK_I=min(BACKWARD.columns, triton.next_power_of_2(width)),
-            num_warps=BACKWARD.num_warps,
-        )
+        block = min(BACKWARD.columns, triton.next_power_of_2(width))
+        _swiglu_backward(
+            (h_SJ.shape[0],), h_SJ, da_SI, p_S, dh_SJ, da_SI, plan.slot_of_row_S, dweights_TK, plan.row_fence_F,
+            plan.num_experts, width, need_a, block, num_warps=BACKWARD.num_warps,
+        )  # fmt: skip
     return dh_SJ, da_SI, dweights_TK

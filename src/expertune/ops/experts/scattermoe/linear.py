@@ -23,6 +23,7 @@ from expertune.ops.experts.scattermoe.launches import describe_linear
 from expertune.ops.experts.scattermoe.pack import MIN_RANK, PackedLora
 from expertune.ops.experts.scattermoe.tiles import RowTable
 from expertune.ops.experts.scattermoe.tiling import LinearTile
+from expertune.ops.triton_launch import Launcher, has_descriptors, num_multiprocessors
 
 GROUP_TILES = 8  # row tiles that share a column of W in L2; 4 and 16 are within noise of 8 on an H200
 BLOCK_RANK = 64  # a larger rank is multiplied in steps: 64 columns of B beside the main loop's buffers fill an SM
@@ -187,6 +188,9 @@ def _expert_linear_kernel(
         next_column = later_column
 
 
+_expert_linear = Launcher(_expert_linear_kernel)
+
+
 def launch_expert_linear(
     x_NX: Tensor,
     row_index_S: Tensor | None,
@@ -202,57 +206,33 @@ def launch_expert_linear(
     out_index_S: Tensor | None = None,
 ) -> Tensor:
     """Allocate out [num_rows, Y] and launch; rows of no tile are not written."""
-    (num_out, num_in), dtype = weight_EYX.shape[1:], x_NX.dtype
-    out_SY = x_NX.new_empty(num_rows, num_out)
+    num_out, num_in = weight_EYX.shape[1:]
+    out_SY, dtype, device = x_NX.new_empty(num_rows, num_out), x_NX.dtype, x_NX.device
     rank = 0 if u_SR is None else u_SR.shape[1]
-    transposed = weight_EYX.stride(2) != 1
-    stored = weight_EYX.transpose(1, 2) if transposed else weight_EYX
-    may = tile.descriptors and num_rows > 0 and (not x_NX.is_cuda or _has_descriptors(x_NX.device))
-    w_descriptor = may and fits_descriptor(stored)
-    x_descriptor = may and row_index_S is None and fits_descriptor(x_NX)
-    out_descriptor = may and out_index_S is None and fits_descriptor(out_SY)
+    strides = weight_EYX.stride()
+    transposed = strides[2] != 1
+    may = tile.descriptors and num_rows > 0 and has_descriptors(device)
+    x_desc = w_desc = out_desc = None
     stores = 2 if rank >= BLOCK_RANK else 1
-    block_w = [1, tile.k_step, tile.columns] if transposed else [1, tile.columns, tile.k_step]
-    _expert_linear_kernel[(_num_programs(x_NX, tiles, num_out, tile),)](
-        x_NX,
-        TensorDescriptor(x_NX, x_NX.shape, x_NX.stride(), [tile.rows, tile.k_step]) if x_descriptor else None,
-        x_NX.stride(0),
-        row_index_S,
-        weight_EYX,
-        TensorDescriptor(stored, stored.shape, stored.stride(), block_w) if w_descriptor else None,
-        *weight_EYX.stride(),
-        u_SR,
-        lora_b_EYR,
-        *((0, 0, 0) if lora_b_EYR is None else lora_b_EYR.stride()),
-        scaling,
-        bias_EY,
-        out_SY,
-        _clipped_descriptor(out_SY, [tile.rows, tile.columns // stores]) if out_descriptor else None,
-        out_index_S,
-        tiles.entries_4M,
-        tiles.capacity,
-        num_in,
-        num_out,
-        X_DESCRIPTOR=x_descriptor,
-        W_DESCRIPTOR=w_descriptor,
-        OUT_DESCRIPTOR=out_descriptor,
-        GATHER=row_index_S is not None,
-        SCATTER=out_index_S is not None,
-        HAS_BIAS=bias_EY is not None,
-        RANK=rank,
-        TRANSPOSED=transposed,
-        DTYPE=TRITON_DTYPES[dtype],
-        PRECISION=precision(x_NX),
-        BLOCK_S=tile.rows,
-        BLOCK_Y=tile.columns,
-        BLOCK_X=tile.k_step,
-        BLOCK_R=max(MIN_RANK, min(rank, BLOCK_RANK)),
-        STORES=stores,
-        GROUP=GROUP_TILES,
-        HALVES=tile.halves,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    if may:
+        stored = weight_EYX.transpose(1, 2) if transposed else weight_EYX
+        if fits_descriptor(stored):
+            block = [1, tile.k_step, tile.columns] if transposed else [1, tile.columns, tile.k_step]
+            w_desc = TensorDescriptor(stored, stored.shape, stored.stride(), block)
+        if row_index_S is None and fits_descriptor(x_NX):
+            x_desc = TensorDescriptor(x_NX, x_NX.shape, x_NX.stride(), [tile.rows, tile.k_step])
+        if out_index_S is None and fits_descriptor(out_SY):
+            out_desc = _clipped_descriptor(out_SY, [tile.rows, tile.columns // stores])
+    _expert_linear(
+        (_num_programs(device, tiles, num_out, tile),),
+        x_NX, x_desc, x_NX.stride(0), row_index_S, weight_EYX, w_desc, *strides,
+        u_SR, lora_b_EYR, *((0, 0, 0) if lora_b_EYR is None else lora_b_EYR.stride()), scaling, bias_EY,
+        out_SY, out_desc, out_index_S, tiles.entries_4M, tiles.capacity, num_in, num_out,
+        x_desc is not None, w_desc is not None, out_desc is not None, row_index_S is not None,
+        out_index_S is not None, bias_EY is not None, rank, transposed, TRITON_DTYPES[dtype], precision(x_NX),
+        tile.rows, tile.columns, tile.k_step, max(MIN_RANK, min(rank, BLOCK_RANK)), stores, GROUP_TILES, tile.halves,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return out_SY
 
 
@@ -292,16 +272,11 @@ def _clipped_descriptor(out_SY: Tensor, block: list[int]) -> TensorDescriptor:
     )
 
 
-def _has_descriptors(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _num_programs(x_NX: Tensor, tiles: RowTable, num_out: int, tile: LinearTile) -> int:
+def _num_programs(device: torch.device, tiles: RowTable, num_out: int, tile: LinearTile) -> int:
     most = tiles.capacity * triton.cdiv(num_out, tile.columns)
-    if x_NX.device.type != "cuda":
+    if device.type != "cuda":
         return min(most, 4)  # the interpreter: a few, so that a program takes several tiles
-    processors = torch.cuda.get_device_properties(x_NX.device).multi_processor_count
-    return min(most, processors * tile.programs_per_sm)
+    return min(most, num_multiprocessors(device) * tile.programs_per_sm)
 
 
 def adapter_step(lora: PackedLora | None, u_SR: Tensor | None) -> dict[str, object]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.ops.experts.types import ExpertLora
+from expertune.ops.triton_launch import Launcher
 
 MIN_RANK = 16
 BLOCK_VALUES = 8192  # of one program, in registers: 32 values for each of 256 threads
@@ -69,6 +70,9 @@ def _pack_kernel(
         )  # fmt: skip
 
 
+_pack = Launcher(_pack_kernel)
+
+
 def pack_lora(lora: ExpertLora, dtype: torch.dtype) -> PackedLora:
     """Lay an adapter out for the kernels, in one launch; an adapter that lies so already is taken as it is."""
     (num_experts, rank, num_in), num_out = lora.a_ERX.shape, lora.b_EYR.shape[1]
@@ -82,25 +86,10 @@ def pack_lora(lora: ExpertLora, dtype: torch.dtype) -> PackedLora:
     block_x, block_y = BLOCK_VALUES // block_r, max(1, BLOCK_VALUES // (block_e * padded))
     programs_a = num_experts * triton.cdiv(padded, block_r) * triton.cdiv(num_in, block_x)
     programs_b = triton.cdiv(num_experts, block_e) * triton.cdiv(num_out, block_y)
-    _pack_kernel[(programs_a + programs_b,)](
-        lora.a_ERX,
-        *lora.a_ERX.stride(),
-        lora.b_EYR,
-        *lora.b_EYR.stride(),
-        a_ERX,
-        b_EYR,
-        programs_a,
-        num_experts,
-        num_in,
-        num_out,
-        rank,
-        RANK=padded,
-        BLOCK_R=block_r,
-        BLOCK_X=block_x,
-        BLOCK_E=block_e,
-        BLOCK_Y=block_y,
-        num_warps=8,
-    )
+    _pack(
+        (programs_a + programs_b,), lora.a_ERX, *lora.a_ERX.stride(), lora.b_EYR, *lora.b_EYR.stride(), a_ERX, b_EYR,
+        programs_a, num_experts, num_in, num_out, rank, padded, block_r, block_x, block_e, block_y, num_warps=8,
+    )  # fmt: skip
     return PackedLora(a_ERX, b_EYR, lora.scaling, rank)
 
 
@@ -115,6 +104,9 @@ def _lay_out_kernel(
     )  # fmt: skip
 
 
+_lay_out = Launcher(_lay_out_kernel)
+
+
 def lay_out_as(values_EYR: Tensor, like_EYR: Tensor) -> Tensor:
     """values with the strides of `like`: a gradient of PEFT's B is then a view of the parameter's shape.
 
@@ -126,17 +118,8 @@ def lay_out_as(values_EYR: Tensor, like_EYR: Tensor) -> Tensor:
     num_experts, num_out, rank = values_EYR.shape
     block_e, block_r = min(BLOCK_EXPERTS, triton.next_power_of_2(num_experts)), triton.next_power_of_2(rank)
     block_y = max(1, BLOCK_VALUES // (block_e * block_r))
-    _lay_out_kernel[(triton.cdiv(num_experts, block_e) * triton.cdiv(num_out, block_y),)](
-        values_EYR,
-        *values_EYR.stride(),
-        out_EYR,
-        *out_EYR.stride(),
-        num_experts,
-        num_out,
-        rank,
-        BLOCK_0=block_e,
-        BLOCK_1=block_y,
-        BLOCK_2=block_r,
-        num_warps=8,
-    )
+    _lay_out(
+        (triton.cdiv(num_experts, block_e) * triton.cdiv(num_out, block_y),), values_EYR, *values_EYR.stride(),
+        out_EYR, *out_EYR.stride(), num_experts, num_out, rank, block_e, block_y, block_r, num_warps=8,
+    )  # fmt: skip
     return out_EYR

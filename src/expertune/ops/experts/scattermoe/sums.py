@@ -22,6 +22,7 @@ from expertune.ops.experts.scattermoe.linear import precision
 from expertune.ops.experts.scattermoe.tiles import RowTable
 from expertune.ops.experts.scattermoe.tiling import RowsTile
 from expertune.ops.plan import ExpertPlan
+from expertune.ops.triton_launch import Launcher
 
 THIN_TILE = RowsTile(32, 256, num_warps=4)  # H200: 53 us; 64 x 256 with 8 warps 58, 128 x 128 57 to 65
 WIDE_TILE = RowsTile(128, 128, num_warps=4)  # ranks from 64 on. H200, rank 64: 91 us; 64 x 128 115, 64 x 256 133
@@ -126,6 +127,9 @@ def _expert_sum_kernel(
     )
 
 
+_expert_sum = Launcher(_expert_sum_kernel)
+
+
 class RowsOf(NamedTuple):
     """Rows [S, X] in plan order, or, with `gather`, [T, X] that every routed row reads by its token."""
 
@@ -151,30 +155,14 @@ def launch_expert_sum(
     tile = THIN_TILE if padded < BLOCK_RANK else WIDE_TILE
     block_r, block_x = min(padded, BLOCK_RANK), tile.columns // (2 if left_SR.dtype == torch.float32 else 1)
     num_blocks, rank_blocks = triton.cdiv(width, block_x), padded // block_r
-    _expert_sum_kernel[(num_blocks, chunks.capacity, rank_blocks)](
-        left_SR,
-        rows.rows_NX,
-        rows.rows_NX.stride(0),
-        plan.token_of_row_S if rows.gather else None,
-        p_S,
-        scaling,
-        out_ERX,
-        *out_ERX.stride(),
-        torch.empty(chunks.capacity, padded, width, device=device, dtype=torch.float32),
-        torch.zeros(plan.num_experts * rank_blocks * num_blocks, device=device, dtype=torch.int32),
-        plan.row_fence_F,
-        chunks.entries_4M,
-        chunks.capacity,
-        width,
-        out_ERX.shape[1],
-        GATHER=rows.gather,
-        HAS_P=p_S is not None,
-        RANK=padded,
-        PRECISION=precision(left_SR),
-        CHUNK_S=chunks.block_rows,
-        BLOCK_S=tile.rows,
-        BLOCK_X=block_x,
-        BLOCK_R=block_r,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    counters = torch.zeros(plan.num_experts * rank_blocks * num_blocks, device=device, dtype=torch.int32)
+    # room for the parts: of no use, and not there, if no expert can have more rows than a chunk
+    parts = chunks.capacity if plan.num_rows > chunks.block_rows else 0
+    _expert_sum(
+        (num_blocks, chunks.capacity, rank_blocks), left_SR, rows.rows_NX, rows.rows_NX.stride(0),
+        plan.token_of_row_S if rows.gather else None, p_S, scaling, out_ERX, *out_ERX.stride(),
+        torch.empty(parts, padded, width, device=device, dtype=torch.float32), counters, plan.row_fence_F,
+        chunks.entries_4M, chunks.capacity, width, out_ERX.shape[1], rows.gather, p_S is not None, padded,
+        precision(left_SR), chunks.block_rows, tile.rows, block_x, block_r,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

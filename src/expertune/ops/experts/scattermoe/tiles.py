@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.ops.plan import ExpertPlan
+from expertune.ops.triton_launch import Launcher
 
 CHUNK_ROWS = 1024  # rows of one expert that one program sums; an expert with more is shared among programs
 BLOCK_ENTRIES = 128  # entries of one expert written at a time
@@ -78,6 +79,9 @@ def _row_tables_kernel(
         tl.store(table_ptr + 3 * capacity, tl.sum(counts_E, axis=0))
 
 
+_row_tables = Launcher(_row_tables_kernel)
+
+
 def build_row_tables(plan: ExpertPlan, block_rows: int, chunk_rows: int = CHUNK_ROWS) -> RowTables:
     """Cut the rows of each expert into tiles and into chunks, in one launch. Sentinel rows are in none.
 
@@ -88,16 +92,8 @@ def build_row_tables(plan: ExpertPlan, block_rows: int, chunk_rows: int = CHUNK_
         RowTable(rows, fence_F.new_empty(4, -(-plan.num_rows // rows) + plan.num_experts))
         for rows in (block_rows, chunk_rows)
     )
-    _row_tables_kernel[(plan.num_experts, 2)](
-        fence_F,
-        tiles.entries_4M,
-        tiles.capacity,
-        chunks.entries_4M,
-        chunks.capacity,
-        plan.num_experts,
-        BLOCK_S=block_rows,
-        CHUNK_S=chunk_rows,
-        BLOCK_E=triton.next_power_of_2(plan.num_experts),
-        BLOCK_M=BLOCK_ENTRIES,
-    )
+    _row_tables(
+        (plan.num_experts, 2), fence_F, tiles.entries_4M, tiles.capacity, chunks.entries_4M, chunks.capacity,
+        plan.num_experts, block_rows, chunk_rows, triton.next_power_of_2(plan.num_experts), BLOCK_ENTRIES,
+    )  # fmt: skip
     return RowTables(tiles, chunks)
