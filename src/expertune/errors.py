@@ -15,3 +15,7 @@ class Interrupted(ExpertuneError):
 
 class DataError(ExpertuneError):
     """A data set is missing, empty or has bad rows. Nothing was started."""
+
+
+class BackendError(ExpertuneError, RuntimeError):
+    """An expert backend was asked for by name and cannot run where it is needed."""

@@ -6,7 +6,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import expertune
-from expertune.integrations.backends import BACKENDS, pick_backend, unavailable_reason
+from expertune.errors import BackendError
+from expertune.integrations.backends import pick_backend, unavailable_reason
 from expertune.integrations.targets import summarise_trainable
 from tests.integrations.test_architectures import MODELS, build
 from tests.tiny import tiny_model, with_adapter
@@ -103,4 +104,21 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     assert "NVIDIA A100 has 8.0" in str(unavailable_reason("sonicmoe"))
-    assert pick_backend("cuda") == next(b.name for b in BACKENDS if unavailable_reason(b.name) is None)
+    assert pick_backend("cuda") == "scattermoe"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "needs an NVIDIA GPU of compute capability 8.x" in str(unavailable_reason("scattermoe"))
+    assert pick_backend("cuda") == "torch_grouped"
+
+
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("expertune.integrations.backends.find_spec", lambda name: None)
+    assert "needs the package triton, which is not installed" in str(unavailable_reason("scattermoe"))
+    assert pick_backend("cuda") == "torch_grouped"
+
+
+def test_a_backend_that_was_asked_for_by_name_is_refused_where_it_cannot_run() -> None:
+    model = tiny_model("scattermoe")
+    with pytest.raises(BackendError, match=r"experts_implementation='scattermoe': .* the model is on the CPU"):
+        model(torch.tensor([[1, 2, 3]]))

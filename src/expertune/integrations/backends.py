@@ -4,9 +4,11 @@ Light on purpose: torch is imported only to ask about a device, so that a config
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 AUTO = "expertune"
 TORCH_GROUPED = "torch_grouped"
+SCATTERMOE = "scattermoe"
 
 
 @dataclass(frozen=True)
@@ -14,18 +16,20 @@ class Backend:
     """One way to compute the experts.
 
     name: as in `experts_implementation`. summary: one line for `expertune doctor`.
-    min_capability: the CUDA capability it needs, None for any device. released: whether this version contains it.
+    min_capability: the CUDA capability it needs, None for any device. package: a package that it needs beside ours.
+    released: whether this version contains it.
     """
 
     name: str
     summary: str
     min_capability: tuple[int, int] | None = None
+    package: str | None = None
     released: bool = True
 
 
 BACKENDS = (
     Backend("sonicmoe", "kernels for Hopper and newer, adapters unfolded", min_capability=(9, 0), released=False),
-    Backend("scattermoe", "fused Triton kernels, adapters unfolded", min_capability=(8, 0), released=False),
+    Backend(SCATTERMOE, "fused Triton kernels, adapters unfolded", min_capability=(8, 0), package="triton"),
     Backend(TORCH_GROUPED, "torch's grouped products on any device, adapters unfolded"),
 )
 """Best first: the order in which `expertune` (auto) tries them."""
@@ -47,6 +51,8 @@ def unavailable_reason(name: str, device_type: str | None = None) -> str | None:
         raise ValueError(f"{name!r} is no expert backend; there are {', '.join([AUTO, *(b.name for b in BACKENDS)])}")
     problems = [] if backend.released else [f"{name} is not part of this version of expertune"]
     problems += _device_problems(backend, device_type)
+    if backend.package is not None and find_spec(backend.package) is None:
+        problems.append(f"{name} needs the package {backend.package}, which is not installed")
     return f"{'; '.join(problems)}. Use experts_implementation: {AUTO}" if problems else None
 
 

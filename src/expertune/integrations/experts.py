@@ -8,19 +8,23 @@ import logging
 from functools import cache, partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
+from expertune.errors import BackendError
 from expertune.integrations.adapters import active_lora
-from expertune.integrations.backends import AUTO, IMPLEMENTATIONS, pick_backend
-from expertune.layers.layout import projection_names, read_projection
-from expertune.ops.experts.torch_grouped import (
-    combine_rows,
-    gather_rows,
-    grouped_expert_linear,
-    grouped_expert_mlp,
+from expertune.integrations.backends import (
+    AUTO,
+    IMPLEMENTATIONS,
+    TORCH_GROUPED,
+    pick_backend,
+    unavailable_reason,
 )
-from expertune.ops.experts.types import Activation
-from expertune.ops.plan import build_plan
+from expertune.integrations.gates import activation_of
+from expertune.layers.layout import projection_names, read_projection
+from expertune.ops.experts.torch_grouped import combine_rows, gather_rows, grouped_expert_linear, grouped_expert_mlp
+from expertune.ops.experts.types import Activation, ExpertProjection
+from expertune.ops.plan import ExpertPlan, build_plan
 
 logger = logging.getLogger("expertune")
 
@@ -48,25 +52,43 @@ def experts_forward(
 
     implementation: "expertune" (the best backend for the device) or a backend's name.
     hidden_states: [T, H]. top_k_index: [T, K] integer. top_k_weights: [T, K]. Returns [T, H] in the dtype of the input.
-    The gate is the module's own function, whatever it computes. A module that has more of its own between the
-    projections (a norm, trainable parameters) is run in pieces through autograd: slower, the same result.
+    The gate is the module's own function, whatever it computes; a kernel computes it itself where it is exactly one
+    that it knows. A module that has more of its own between the projections (a norm, trainable parameters) is run in
+    pieces through autograd on torch_grouped: slower, the same result.
+    Raises BackendError if a backend was asked for by name and cannot run on the device of the input.
     """
-    if implementation == AUTO:
-        _say_which(hidden_states.device.type)
     up_name, down_name = projection_names(experts)
     up = read_projection(experts, up_name, active_lora(experts, up_name))
     down = read_projection(experts, down_name, active_lora(experts, down_name))
+    backend = _backend_for(implementation, hidden_states.device.type, up.weight_EYX.dtype)
     # Transformers before 5.18 has no flag and may always pass sentinel ids.
     sentinels = bool(getattr(experts, "_is_expert_parallel", True))
     plan = build_plan(top_k_index, up.num_experts, sentinels=sentinels)
-    activation = cast(Activation, experts._apply_gate if experts.has_gate else experts.act_fn)
+    activation = activation_of(experts)
     if not _has_more_of_its_own(experts):
-        return grouped_expert_mlp(hidden_states, top_k_weights, plan, up, down, activation)
+        return _run(backend, hidden_states, top_k_weights, plan, up, down, activation)
+    _say_once(f"{type(experts).__name__} has more of its own between its projections: it runs on {TORCH_GROUPED}")
     h_SJ = grouped_expert_linear(gather_rows(hidden_states, plan), up, plan)
     z_SH = grouped_expert_linear(activation(h_SJ), down, plan)
     if getattr(experts, "has_post_expert_norm", False):
         z_SH = cast(nn.Module, experts.post_expert_norm)(z_SH)
     return combine_rows(z_SH, top_k_weights, plan).to(hidden_states.dtype)
+
+
+def _run(
+    backend: str,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    plan: ExpertPlan,
+    up: ExpertProjection,
+    down: ExpertProjection,
+    activation: Activation,
+) -> Tensor:
+    if backend == TORCH_GROUPED:
+        return grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
+    from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
+
+    return scattermoe_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
 
 
 def _has_more_of_its_own(experts: nn.Module) -> bool:
@@ -78,5 +100,18 @@ def _has_more_of_its_own(experts: nn.Module) -> bool:
 
 
 @cache
-def _say_which(device_type: str) -> None:
-    logger.info("experts on %s run on the backend %s", device_type, pick_backend(device_type))
+def _backend_for(implementation: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs for a name on a kind of device; said once for each."""
+    if implementation != AUTO:
+        reason = unavailable_reason(implementation, device_type)
+        if reason is not None:
+            raise BackendError(f"experts_implementation={implementation!r}: {reason}")
+        return implementation
+    backend = pick_backend(device_type) if dtype != torch.float64 else TORCH_GROUPED  # kernels know no fp64
+    logger.info("experts on %s run on the backend %s", device_type, backend)
+    return backend
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.info(message)
