@@ -80,7 +80,13 @@ def test_train_says_what_it_did_and_what_to_type_next(finished_run: FinishedRun)
 
 def test_train_leaves_everything_behind(finished_run: FinishedRun) -> None:
     run, report = finished_run.folder, finished_run.report
-    assert {path.name for path in run.iterdir()} == {"adapter", "checkpoint-8", "expertune.yaml", "report.json"}
+    assert {path.name for path in run.iterdir()} == {
+        "adapter",
+        "checkpoint-8",
+        "expertune.yaml",
+        "kernels.json",
+        "report.json",
+    }
     assert {path.name for path in (run / "adapter").iterdir()} >= ADAPTER_FILES
     saved = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert saved["base_model_name_or_path"] == report["base_model"] == str(MODEL)
