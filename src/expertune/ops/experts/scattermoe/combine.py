@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, cdiv
 
 BLOCK_COLUMNS = 1024
 
@@ -47,7 +47,7 @@ def combine(z_SH: Tensor, weights_TK: Tensor | None, plan: ExpertPlan) -> Tensor
     """Sum rows [S, H] in plan order to tokens [T, H]. weights_TK: contiguous, or None for a plain sum."""
     y_TH = z_SH.new_empty(plan.num_tokens, z_SH.shape[1])
     if plan.num_tokens:
-        grid = (plan.num_tokens, triton.cdiv(z_SH.shape[1], BLOCK_COLUMNS))
+        grid = (plan.num_tokens, cdiv(z_SH.shape[1], BLOCK_COLUMNS))
         _combine(
             grid, z_SH, plan.row_of_slot_S, weights_TK, y_TH, plan.row_fence_F, plan.num_experts, z_SH.shape[1],
             plan.top_k, weights_TK is not None, BLOCK_COLUMNS,

@@ -19,7 +19,7 @@ from torch import Tensor
 from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.tiling import RowsTile
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, cdiv, next_power_of_2
 
 # One row a program, H200, S = 65536, I = 768: forward 71 us (256 columns, 4 warps: 123), backward 149 (1024, 4: 168).
 FORWARD = RowsTile(1, 1024, num_warps=2)
@@ -46,8 +46,8 @@ def swiglu(h_SJ: Tensor, plan: ExpertPlan) -> Tensor:
     rows, width = h_SJ.shape[0], h_SJ.shape[1] // 2
     a_SI = h_SJ.new_empty(rows, width)
     if rows:
-        block = min(FORWARD.columns, triton.next_power_of_2(width))
-        grid = (rows, triton.cdiv(width, block))
+        block = min(FORWARD.columns, next_power_of_2(width))
+        grid = (rows, cdiv(width, block))
         _swiglu(grid, h_SJ, a_SI, plan.row_fence_F, plan.num_experts, width, block, num_warps=FORWARD.num_warps)
     return a_SI
 
@@ -96,7 +96,7 @@ def swiglu_backward(
     dweights_TK = new(plan.num_tokens, plan.top_k, device=h_SJ.device, dtype=weights_dtype)
     if h_SJ.shape[0]:
         width = da_SI.shape[1]
-        block = min(BACKWARD.columns, triton.next_power_of_2(width))
+        block = min(BACKWARD.columns, next_power_of_2(width))
         _swiglu_backward(
             (h_SJ.shape[0],), h_SJ, da_SI, p_S, dh_SJ, da_SI, plan.slot_of_row_S, dweights_TK, plan.row_fence_F,
             plan.num_experts, width, need_a, block, num_warps=BACKWARD.num_warps,

@@ -23,7 +23,7 @@ from expertune.ops.experts.scattermoe.launches import describe_linear
 from expertune.ops.experts.scattermoe.pack import MIN_RANK, PackedLora
 from expertune.ops.experts.scattermoe.tiles import RowTable
 from expertune.ops.experts.scattermoe.tiling import LinearTile
-from expertune.ops.triton_launch import Launcher, has_descriptors, num_multiprocessors
+from expertune.ops.triton_launch import Launcher, cdiv, has_descriptors, num_multiprocessors
 
 GROUP_TILES = 8  # row tiles that share a column of W in L2; 4 and 16 are within noise of 8 on an H200
 BLOCK_RANK = 64  # a larger rank is multiplied in steps: 64 columns of B beside the main loop's buffers fill an SM
@@ -273,7 +273,7 @@ def _clipped_descriptor(out_SY: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _num_programs(device: torch.device, tiles: RowTable, num_out: int, tile: LinearTile) -> int:
-    most = tiles.capacity * triton.cdiv(num_out, tile.columns)
+    most = tiles.capacity * cdiv(num_out, tile.columns)
     if device.type != "cuda":
         return min(most, 4)  # the interpreter: a few, so that a program takes several tiles
     return min(most, num_multiprocessors(device) * tile.programs_per_sm)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.ops.experts.types import ExpertLora
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, cdiv, next_power_of_2
 
 MIN_RANK = 16
 BLOCK_VALUES = 8192  # of one program, in registers: 32 values for each of 256 threads
@@ -76,16 +76,16 @@ _pack = Launcher(_pack_kernel)
 def pack_lora(lora: ExpertLora, dtype: torch.dtype) -> PackedLora:
     """Lay an adapter out for the kernels, in one launch; an adapter that lies so already is taken as it is."""
     (num_experts, rank, num_in), num_out = lora.a_ERX.shape, lora.b_EYR.shape[1]
-    padded = max(MIN_RANK, triton.next_power_of_2(rank))
+    padded = max(MIN_RANK, next_power_of_2(rank))
     ready = rank == padded and lora.a_ERX.dtype == lora.b_EYR.dtype == dtype
     if ready and lora.a_ERX.is_contiguous() and lora.b_EYR.is_contiguous():
         return PackedLora(lora.a_ERX, lora.b_EYR, lora.scaling, rank)
     a_ERX = lora.a_ERX.new_empty(num_experts, padded, num_in, dtype=dtype)
     b_EYR = lora.b_EYR.new_empty(num_experts, num_out, padded, dtype=dtype)
-    block_r, block_e = min(padded, 64), min(BLOCK_EXPERTS, triton.next_power_of_2(num_experts))
+    block_r, block_e = min(padded, 64), min(BLOCK_EXPERTS, next_power_of_2(num_experts))
     block_x, block_y = BLOCK_VALUES // block_r, max(1, BLOCK_VALUES // (block_e * padded))
-    programs_a = num_experts * triton.cdiv(padded, block_r) * triton.cdiv(num_in, block_x)
-    programs_b = triton.cdiv(num_experts, block_e) * triton.cdiv(num_out, block_y)
+    programs_a = num_experts * cdiv(padded, block_r) * cdiv(num_in, block_x)
+    programs_b = cdiv(num_experts, block_e) * cdiv(num_out, block_y)
     _pack(
         (programs_a + programs_b,), lora.a_ERX, *lora.a_ERX.stride(), lora.b_EYR, *lora.b_EYR.stride(), a_ERX, b_EYR,
         programs_a, num_experts, num_in, num_out, rank, padded, block_r, block_x, block_e, block_y, num_warps=8,
@@ -116,10 +116,10 @@ def lay_out_as(values_EYR: Tensor, like_EYR: Tensor) -> Tensor:
     if out_EYR.stride() == values_EYR.stride():
         return values_EYR
     num_experts, num_out, rank = values_EYR.shape
-    block_e, block_r = min(BLOCK_EXPERTS, triton.next_power_of_2(num_experts)), triton.next_power_of_2(rank)
+    block_e, block_r = min(BLOCK_EXPERTS, next_power_of_2(num_experts)), next_power_of_2(rank)
     block_y = max(1, BLOCK_VALUES // (block_e * block_r))
     _lay_out(
-        (triton.cdiv(num_experts, block_e) * triton.cdiv(num_out, block_y),), values_EYR, *values_EYR.stride(),
+        (cdiv(num_experts, block_e) * cdiv(num_out, block_y),), values_EYR, *values_EYR.stride(),
         out_EYR, *out_EYR.stride(), num_experts, num_out, rank, block_e, block_y, block_r, num_warps=8,
     )  # fmt: skip
     return out_EYR

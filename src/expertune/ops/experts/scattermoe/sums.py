@@ -22,7 +22,7 @@ from expertune.ops.experts.scattermoe.linear import precision
 from expertune.ops.experts.scattermoe.tiles import RowTable
 from expertune.ops.experts.scattermoe.tiling import RowsTile
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, cdiv
 
 THIN_TILE = RowsTile(32, 256, num_warps=4)  # H200: 53 us; 64 x 256 with 8 warps 58, 128 x 128 57 to 65
 WIDE_TILE = RowsTile(128, 128, num_warps=4)  # ranks from 64 on. H200, rank 64: 91 us; 64 x 128 115, 64 x 256 133
@@ -154,7 +154,7 @@ def launch_expert_sum(
     padded, width, device = left_SR.shape[1], rows.rows_NX.shape[1], left_SR.device
     tile = THIN_TILE if padded < BLOCK_RANK else WIDE_TILE
     block_r, block_x = min(padded, BLOCK_RANK), tile.columns // (2 if left_SR.dtype == torch.float32 else 1)
-    num_blocks, rank_blocks = triton.cdiv(width, block_x), padded // block_r
+    num_blocks, rank_blocks = cdiv(width, block_x), padded // block_r
     counters = torch.zeros(plan.num_experts * rank_blocks * num_blocks, device=device, dtype=torch.int32)
     # room for the parts: of no use, and not there, if no expert can have more rows than a chunk
     parts = chunks.capacity if plan.num_rows > chunks.block_rows else 0

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, next_power_of_2
 
 CHUNK_ROWS = 1024  # rows of one expert that one program sums; an expert with more is shared among programs
 BLOCK_ENTRIES = 128  # entries of one expert written at a time
@@ -94,6 +94,6 @@ def build_row_tables(plan: ExpertPlan, block_rows: int, chunk_rows: int = CHUNK_
     )
     _row_tables(
         (plan.num_experts, 2), fence_F, tiles.entries_4M, tiles.capacity, chunks.entries_4M, chunks.capacity,
-        plan.num_experts, block_rows, chunk_rows, triton.next_power_of_2(plan.num_experts), BLOCK_ENTRIES,
+        plan.num_experts, block_rows, chunk_rows, next_power_of_2(plan.num_experts), BLOCK_ENTRIES,
     )  # fmt: skip
     return RowTables(tiles, chunks)
