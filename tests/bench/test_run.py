@@ -13,8 +13,8 @@ from rich.console import Console
 from expertune.bench import results as results_module
 from expertune.bench import run as run_module
 from expertune.bench.cases import Case
-from expertune.bench.results import CaseResults, write_whole
-from expertune.bench.run import run_bench
+from expertune.bench.results import CaseResults, csv_text, read_csv, write_whole
+from expertune.bench.run import plot_files, run_bench
 from expertune.bench.timing import ClockTimer
 from expertune.bench.ways import Way, select_ways
 from expertune.errors import ConfigError, ExpertuneError
@@ -181,3 +181,21 @@ def test_outside_a_checkout_the_commit_is_unknown(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(subprocess, "run", missing)
     assert COMMIT_OF(tmp_path) == "unknown"
+
+
+def test_what_was_written_is_read_again_and_drawn_without_measuring(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    measured, _ = bench(tmp_path)
+    again, environment = read_csv((tmp_path / "bench.csv").read_text())
+    assert csv_text(again, environment).splitlines() == (tmp_path / "bench.csv").read_text().splitlines()
+    assert [each.case for each in again] == [each.case for each in measured]
+    (tmp_path / "bench.png").unlink()
+    plot_files([tmp_path / "bench.csv"], Console(file=io.StringIO()), tmp_path)
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n"])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "other.csv").write_text(text)
+    with pytest.raises(ConfigError, match=r"--plot: .*other\.csv is no bench\.csv"):
+        plot_files([tmp_path / "other.csv"], Console(file=io.StringIO()), tmp_path)

@@ -6,14 +6,14 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import expertune
-from expertune.bench.cases import Case
+from expertune.bench.cases import Case, ExpertShape
 from expertune.bench.measure import TENSORS, Result
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl")
@@ -82,6 +82,44 @@ def csv_text(measured: Sequence[CaseResults], environment: Mapping[str, str]) ->
         writer.writeheader()
         writer.writerows(lines)
     return text.getvalue()
+
+
+def read_csv(text: str) -> tuple[list[CaseResults], dict[str, str]]:
+    """What `csv_text` wrote: the cases with their results, and where they were measured (of the first row).
+
+    Raises ValueError if it is no such file.
+    """
+    lines = list(csv.DictReader(io.StringIO(text, newline="")))
+    columns = {"shape", "tokens", "way", "p50_ms", "worst_error"}
+    if not lines or not columns <= set(lines[0]):
+        raise ValueError(f"it has no rows with the columns {', '.join(sorted(columns))}")
+    cases: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for line in lines:
+        cases.setdefault(tuple(line[name] for name in ("shape", "tokens", "rank", "routing", "seed")), []).append(line)
+    names = list(lines[0])
+    return [_case_of(each) for each in cases.values()], {
+        name: lines[0][name] for name in names[names.index(f"error_{TENSORS[-1]}") + 1 :]
+    }
+
+
+def _case_of(lines: Sequence[Mapping[str, str]]) -> CaseResults:
+    first = lines[0]
+    sizes = (int(first[name]) for name in ("experts", "hidden", "intermediate", "top_k"))
+    case = Case(ExpertShape(first["shape"], *sizes), int(first["tokens"]), int(first["rank"]), first["routing"])
+    numbers = [each.name for each in fields(Result) if each.name in first and each.type == (float | None)]
+    results = [
+        Result(
+            line["way"],
+            line["kind"],
+            line["status"],
+            line["note"],
+            best_rival=line["best_rival"] or None,
+            errors=tuple(float(line[f"error_{name}"]) for name in TENSORS if line[f"error_{name}"]),
+            **{name: float(line[name]) if line[name] else None for name in numbers},
+        )
+        for line in lines
+    ]
+    return CaseResults(case, int(first["seed"]), first["dtype"], int(first["repeats"]), results)
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

@@ -12,7 +12,7 @@ from expertune.bench.cases import Case
 from expertune.bench.figure import plot_png
 from expertune.bench.measure import FAILED, OK, Result, describe_error, measure, release_memory
 from expertune.bench.problem import draw_problem
-from expertune.bench.results import CaseResults, csv_text, describe_environment, write_whole
+from expertune.bench.results import CaseResults, csv_text, describe_environment, read_csv, write_whole
 from expertune.bench.timing import CudaTimer, Timer
 from expertune.bench.ways import Way
 from expertune.errors import ConfigError, ExpertuneError
@@ -83,6 +83,20 @@ def run_bench(
     if not any(result.status == OK for each in measured for result in each.results):
         raise ExpertuneError("not one way could be measured; the reasons are above and in the CSV")
     return measured
+
+
+def plot_files(files: Sequence[Path], console: Console, output: Path) -> None:
+    """Draw one bench.png of the results that earlier runs left; needs no GPU. Raises ConfigError for a bad file."""
+    measured: list[CaseResults] = []
+    environment: dict[str, str] = {}
+    for file in files:
+        try:
+            cases, where = read_csv(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"--plot: {file} is no bench.csv ({error})") from error
+        measured += cases
+        environment = environment or where
+    _write_plot(measured, environment, output, console)
 
 
 def _measure_case(

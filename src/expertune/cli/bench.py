@@ -54,6 +54,10 @@ def bench(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", min=0, help="Of the random tensors; a new one unless given.")
     ] = None,
+    plot: Annotated[
+        list[Path] | None,
+        typer.Option("--plot", metavar="CSV", help="Measure nothing; draw what this bench.csv has. May be repeated."),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where bench.csv and bench.png go.")
     ] = Path("runs/bench"),
@@ -63,6 +67,12 @@ def bench(
     with reporting_errors():
         from expertune.bench.cases import select_cases
 
+        if plot:
+            from expertune.bench.run import make_output, plot_files
+
+            make_output(output)
+            plot_files(plot, console, output)
+            return
         cases = select_cases(shape or (), tokens or (), rank or (), routing or ())
 
         from expertune.bench.run import find_gpu, make_output, run_bench
