@@ -14,6 +14,7 @@ import typer
 from expertune.cli.bench import bench
 from expertune.cli.failing import reporting_errors
 from expertune.cli.output import Output
+from expertune.cli.tune import tune
 from expertune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ def doctor() -> None:
 
 
 app.command()(bench)
+app.command()(tune)
 
 
 @app.command("config")

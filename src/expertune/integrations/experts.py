@@ -21,7 +21,9 @@ from expertune.integrations.backends import (
     unavailable_reason,
 )
 from expertune.integrations.gates import activation_of
+from expertune.integrations.tuned import tuned_tile
 from expertune.layers.layout import projection_names, read_projection
+from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.experts.torch_grouped import combine_rows, gather_rows, grouped_expert_linear, grouped_expert_mlp
 from expertune.ops.experts.types import Activation, ExpertProjection
 from expertune.ops.plan import ExpertPlan, build_plan
@@ -88,7 +90,18 @@ def _run(
         return grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
     from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
 
-    return scattermoe_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
+    tile = None if torch.compiler.is_compiling() else _tile_for(plan, up, down)
+    return scattermoe_expert_mlp(x_TH, weights_TK, plan, up, down, activation, tile=tile)
+
+
+def _tile_for(plan: ExpertPlan, up: ExpertProjection, down: ExpertProjection) -> LinearTile | None:
+    """The tile that `expertune tune` found for this call on this machine; None: the table's."""
+    weight = down.weight_EYX
+    _, hidden, intermediate = weight.shape
+    rank = max(projection.lora.rank if projection.lora else 0 for projection in (up, down))
+    return tuned_tile(
+        plan.num_rows, plan.num_experts, hidden, intermediate, plan.top_k, rank, weight.dtype, weight.device
+    )
 
 
 def _has_more_of_its_own(experts: nn.Module) -> bool:

@@ -30,7 +30,7 @@ class SortedSlots(NamedTuple):
 
 
 @triton.jit
-def _load_bins(ids_ptr, slots, num_slots, num_experts):
+def _load_bins(ids_ptr, slots, num_slots, num_experts):  # type: ignore[no-untyped-def]
     """The bin of each slot: its expert, E if the id is no expert, E + 1 past the last slot."""
     ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=0).to(tl.int32)
     ids = tl.where((ids < 0) | (ids > num_experts), num_experts, ids)
@@ -38,7 +38,9 @@ def _load_bins(ids_ptr, slots, num_slots, num_experts):
 
 
 @triton.jit
-def _count_kernel(ids_ptr, counts_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr, TILE: tl.constexpr):
+def _count_kernel(  # type: ignore[no-untyped-def]
+    ids_ptr, counts_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     block = tl.program_id(0)
     counts = tl.zeros((BINS,), dtype=tl.int32)
     for first in tl.range(0, slots_per_block, TILE):
@@ -48,7 +50,7 @@ def _count_kernel(ids_ptr, counts_ptr, num_slots, num_experts, slots_per_block, 
 
 
 @triton.jit
-def _place_kernel(
+def _place_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, counts_ptr, slot_of_row_ptr, row_of_slot_ptr, token_of_row_ptr, row_fence_ptr,
     num_slots, num_experts, top_k, slots_per_block, num_blocks,
     BINS: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -84,17 +86,38 @@ _count, _place = Launcher(_count_kernel), Launcher(_place_kernel)
 
 def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> SortedSlots:
     """Sort the T * K slots by expert, stable. expert_ids_TK: [T, K] integer, any strides."""
+    sort = _sort_op if torch.compiler.is_compiling() else _sort
+    rows_3S, fence_F = sort(expert_ids_TK, num_experts)
+    return SortedSlots(rows_3S[0], rows_3S[1], rows_3S[2], fence_F)
+
+
+def _sort(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """slot_of_row, row_of_slot, token_of_row as one tensor [3, S], and the fence [E + 1]."""
     num_slots, device = expert_ids_TK.numel(), expert_ids_TK.device
     bins = triton.next_power_of_2(num_experts + 2)
     slots_per_block = TILE * triton.cdiv(num_slots, TILE * MAX_BLOCKS)
     num_blocks = max(1, triton.cdiv(num_slots, max(slots_per_block, 1)))
-    rows = torch.empty(3, num_slots, device=device, dtype=torch.int64)
+    rows_3S = torch.empty(3, num_slots, device=device, dtype=torch.int64)
     fence_F = torch.empty(num_experts + 1, device=device, dtype=torch.int32)
     counts = torch.empty(num_blocks, bins, device=device, dtype=torch.int32)
     ids_S = expert_ids_TK.reshape(-1)
-    _count((num_blocks,), ids_S, counts, num_slots, num_experts, slots_per_block, bins, TILE, num_warps=8)
-    _place(
-        (num_blocks,), ids_S, counts, rows[0], rows[1], rows[2], fence_F, num_slots, num_experts,
-        expert_ids_TK.shape[1], slots_per_block, num_blocks, bins, TILE, max(1, min(32, 8192 // bins)), num_warps=8,
-    )  # fmt: skip
-    return SortedSlots(rows[0], rows[1], rows[2], fence_F)
+    with torch.cuda.device_of(expert_ids_TK):  # Triton launches on the current device
+        _count((num_blocks,), ids_S, counts, num_slots, num_experts, slots_per_block, bins, TILE, num_warps=8)
+        _place(
+            (num_blocks,), ids_S, counts, rows_3S[0], rows_3S[1], rows_3S[2], fence_F, num_slots, num_experts,
+            expert_ids_TK.shape[1], slots_per_block, num_blocks, bins, TILE, max(1, min(32, 8192 // bins)),
+            num_warps=8,
+        )  # fmt: skip
+    return rows_3S, fence_F
+
+
+@torch.library.custom_op("expertune::sort_slots", mutates_args=())
+def _sort_op(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The sort for torch.compile, which traces it as one op."""
+    return _sort(expert_ids_TK, num_experts)
+
+
+@_sort_op.register_fake
+def _(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    rows_3S = expert_ids_TK.new_empty(3, expert_ids_TK.numel(), dtype=torch.int64)
+    return rows_3S, expert_ids_TK.new_empty(num_experts + 1, dtype=torch.int32)

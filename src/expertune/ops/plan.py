@@ -66,7 +66,7 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
     expert_ids_TK: [T, K] integer, the experts of each token; any strides, T may be 0.
     num_experts: E, the number of local experts.
     sentinels: ids below 0 or from E on are allowed and mark rows of another rank. Without it such an id is an error,
-        which is checked where looking costs no synchronisation (on the CPU).
+        which is checked where looking costs no synchronisation (on the CPU, outside torch.compile).
     Deterministic: the sort is stable. On a GPU with Triton it is two launches (`counting_sort`).
     Raises ValueError on a wrong shape or dtype, or on an id out of range.
     """
@@ -77,7 +77,8 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
     if num_experts < 1:
         raise ValueError(f"num_experts: got {num_experts}, need at least 1")
     num_tokens, top_k = expert_ids_TK.shape
-    if expert_ids_TK.is_cuda and _has_triton():
+    compiling = torch.compiler.is_compiling()
+    if expert_ids_TK.is_cuda and (compiling or _has_triton()):  # torch.compile on a GPU has Triton, and cannot ask
         from expertune.ops.counting_sort import sort_slots
 
         rows = sort_slots(expert_ids_TK, num_experts)
@@ -85,7 +86,7 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
     ids_S = expert_ids_TK.reshape(-1)
     if sentinels:
         ids_S = torch.where(ids_S < 0, num_experts, ids_S)
-    elif ids_S.device.type == "cpu" and ids_S.numel() and not 0 <= int(ids_S.min()) <= int(ids_S.max()) < num_experts:
+    elif not compiling and ids_S.device.type == "cpu" and ids_S.numel() and not _in_range(ids_S, num_experts):
         raise ValueError(
             f"expert_ids_TK: ids span {int(ids_S.min())} to {int(ids_S.max())}, need 0 to {num_experts - 1} "
             "(pass sentinels=True if ids out of range mark rows of another rank)"
@@ -106,6 +107,10 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
         row_fence_F=torch.searchsorted(sorted_ids_S, experts_F, out_int32=True),
         has_sentinels=sentinels,
     )
+
+
+def _in_range(ids_S: Tensor, num_experts: int) -> bool:
+    return 0 <= int(ids_S.min()) <= int(ids_S.max()) < num_experts
 
 
 @cache

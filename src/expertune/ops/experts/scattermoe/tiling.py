@@ -1,8 +1,17 @@
-"""Which tile a projection runs with."""
+"""Which tile a projection runs with: a table, so that the first step of a new shape costs compilation only.
+
+The first row of `TILES` that knows the GPU, the dtype and the shape class, and whose tile fits the shared memory of a
+multiprocessor, decides. Nothing is measured here; `expertune tune` measures, and hands its result to the call.
+"""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+
+from expertune.ops.records import gpu_facts
+
+_BARRIER_BYTES = 256  # of the pipeline, beside the buffers; 8 to 48 in what Triton 3.6 compiles
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,21 @@ class LinearTile:
     descriptors: bool = True
     halves: bool = False
 
+    def shared_memory_bytes(self, item_bytes: int) -> int:
+        """The shared memory that a program needs at most, with an adapter of any rank.
+
+            num_stages (rows + columns) k_step b        the operands on their way, b = item_bytes
+            + columns min(R, 64) b                      the adapter's B, read ahead of the main loop
+            + rows columns b (half from R = 64 on)      the result on its way to a descriptor's store
+
+        and the worst rank is 32 or 64. What Triton 3.6 compiles for Hopper and Blackwell (sm_90, sm_100) in 16 bits is
+        this to within the barriers; sm_80, sm_86, sm_89 and sm_120 need less: fewer stages, and buffers that share.
+        """
+        operands = self.num_stages * (self.rows + self.columns) * self.k_step
+        result = self.rows * self.columns
+        adapter_and_result = max(self.columns * 32 + result, self.columns * 64 + result // 2)
+        return (operands + adapter_and_result) * item_bytes + _BARRIER_BYTES
+
 
 @dataclass(frozen=True)
 class RowsTile:
@@ -34,8 +58,119 @@ class RowsTile:
     num_stages: int = 3
 
 
+@dataclass(frozen=True)
+class TileRow:
+    """One row of the table.
+
+    capability: the GPU's, from this on. item_bytes: of the dtype, 2 (bf16, fp16) or 4 (fp32). tile: what to run.
+    measured: where that comes from: GPU, model, figures; or that it is not measured.
+    max_rows_per_expert: the mean, up to and including this; None for any. min_experts: at least so many.
+    """
+
+    capability: tuple[int, int]
+    item_bytes: int
+    tile: LinearTile
+    measured: str
+    max_rows_per_expert: int | None = None
+    min_experts: int = 1
+
+    def covers(self, num_rows: int, num_experts: int) -> bool:
+        """Whether a call is of this row's shape class."""
+        most = self.max_rows_per_expert
+        return num_experts >= self.min_experts and (most is None or num_rows <= most * num_experts)
+
+
+TILES = (
+    TileRow(
+        (9, 0),
+        2,
+        LinearTile(halves=True),
+        "H200, bf16, rank 16. A step of 64 rows per expert (Qwen3-30B-A3B, 1024 tokens): 1.017 ms, 64x256 1.022, "
+        "64x128 1.04 to 1.17. With and without halves, 8192 tokens: Qwen3-30B-A3B 2.93 and 2.94 ms, Qwen3.5-35B-A3B "
+        "2.53 and 2.58, GLM-4.5-Air 9.20 and 9.11, again 9.29 and 9.34",
+        max_rows_per_expert=1024,
+    ),
+    TileRow(
+        (9, 0),
+        2,
+        LinearTile(halves=True),
+        "H200, bf16, rank 16, 2048 rows per expert, with and without halves: Qwen3-30B-A3B (128 experts, 32768 tokens) "
+        "11.41 and 11.75 ms; where 8 experts have as many rows they lose, see the next row",
+        max_rows_per_expert=2048,
+        min_experts=64,
+    ),
+    TileRow(
+        (9, 0),
+        2,
+        LinearTile(),
+        "H200, bf16, rank 16. Qwen3-30B-A3B, 8192 tokens, four products 2264 us; the up projection 746 us, 64x256 "
+        "twice on a multiprocessor 936, 128x128 1192, 256x128 982, k_step 32 with 5 or 6 stages 757 to 779. "
+        "Mixtral-8x7B (8 experts, 2048 rows each): 18.89 ms, with halves 19.15",
+    ),
+    TileRow(
+        (8, 0),
+        2,
+        LinearTile(columns=128, k_step=32, descriptors=False),
+        "not measured; fits the 99 KiB of sm_86, sm_89 and sm_120",
+    ),
+    TileRow(
+        (0, 0),
+        2,
+        LinearTile(rows=64, columns=64, k_step=32, num_warps=4, num_stages=2, descriptors=False),
+        "not measured; fits any GPU's 48 KiB",
+    ),
+    TileRow(
+        (0, 0),
+        4,
+        LinearTile(rows=64, columns=64, k_step=32, num_warps=4),
+        "not measured: fp32 is for checking results",
+    ),
+    TileRow(
+        (0, 0),
+        4,
+        LinearTile(rows=32, columns=32, k_step=32, num_warps=4, num_stages=2, descriptors=False),
+        "not measured; fits any GPU's 48 KiB",
+    ),
+)
+"""First match first."""
+
+
 def pick_tile(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> LinearTile:
-    """The tile for a call, from the table."""
-    if dtype == torch.float32:
-        return LinearTile(rows=64, columns=64, k_step=32, num_warps=4)
-    return LinearTile(halves=num_rows <= 2048 * num_experts)
+    """The tile for a call, from the table.
+
+    num_rows: S, over all experts. Raises ValueError where no tile fits. A CPU, where Triton's interpreter runs, has no
+    limits and gets what the newest GPU gets.
+    """
+    return find_tile(_rows_of(device, dtype.itemsize), num_rows, num_experts)
+
+
+def fitting_rows(
+    capability: tuple[int, int] | None, shared_memory_bytes: int | None, item_bytes: int
+) -> tuple[TileRow, ...]:
+    """The rows of the table that can run, in order.
+
+    capability: of the GPU. shared_memory_bytes: the most that one of its programs can have. None: no limit.
+    """
+    return tuple(
+        row
+        for row in TILES
+        if row.item_bytes == item_bytes
+        and (capability is None or row.capability <= capability)
+        and (shared_memory_bytes is None or row.tile.shared_memory_bytes(item_bytes) <= shared_memory_bytes)
+    )
+
+
+def find_tile(rows: tuple[TileRow, ...], num_rows: int, num_experts: int) -> LinearTile:
+    """The tile of the first row that covers a shape; raises ValueError if none does."""
+    for row in rows:
+        if row.covers(num_rows, num_experts):
+            return row.tile
+    raise ValueError("device, dtype: the table of tiles has no row that fits this GPU's shared memory and this dtype")
+
+
+@cache
+def _rows_of(device: torch.device, item_bytes: int) -> tuple[TileRow, ...]:
+    gpu = gpu_facts(device)
+    if gpu is None:
+        return fitting_rows(None, None, item_bytes)
+    return fitting_rows(torch.cuda.get_device_capability(device), gpu.shared_memory_bytes, item_bytes)
