@@ -9,10 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-Argument = Tensor | TensorDescriptor | int | float | str | bool | None | Any
 
 
 class Launcher:
@@ -28,7 +25,7 @@ class Launcher:
         self._is_constant = tuple(parameter.is_constexpr for parameter in getattr(kernel, "params", ()))
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, grid: tuple[int, ...], *args: Argument, num_warps: int = 4, num_stages: int = 3) -> None:
+    def __call__(self, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
         if not self._is_constant:  # the interpreter
             self.kernel[grid](*args)
             return
@@ -48,7 +45,7 @@ class Launcher:
             compiled[(*grid, 1, 1)[:3]](*args)
 
 
-def _specialisation(arg: Argument) -> Any:
+def _specialisation(arg: Any) -> Any:
     kind = type(arg)
     if kind is int:
         return 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)

@@ -44,6 +44,17 @@ def test_a_known_gate_and_its_function_agree() -> None:
         assert_agrees(key, known[key], value, dtype=torch.float32)
 
 
+def test_a_bias_of_any_strides() -> None:
+    problem = make_problem(Case(bias=True, activation=swiglu), DEVICE)
+    want = run(problem)
+    for name in ("up", "down"):
+        projection = getattr(problem, name)
+        strided = projection.bias_EY.t().contiguous().t()
+        setattr(problem, name, replace(projection, bias_EY=strided))
+    for key, value in run(problem).items():
+        assert torch.equal(value, want[key]), key
+
+
 def test_two_runs_give_the_same_bits() -> None:
     first, second = run(make_problem(Case(), DEVICE)), run(make_problem(Case(), DEVICE))
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -207,6 +207,7 @@ def launch_expert_linear(
 ) -> Tensor:
     """Allocate out [num_rows, Y] and launch; rows of no tile are not written."""
     num_out, num_in = weight_EYX.shape[1:]
+    bias_EY = None if bias_EY is None else bias_EY.contiguous()
     out_SY, dtype, device = x_NX.new_empty(num_rows, num_out), x_NX.dtype, x_NX.device
     rank = 0 if u_SR is None else u_SR.shape[1]
     strides = weight_EYX.stride()
@@ -240,11 +241,9 @@ def launch_thin_linear(
     x_NX: Tensor, row_index_S: Tensor | None, a_ERX: Tensor, tiles: RowTable, num_rows: int
 ) -> Tensor:
     """u = A x [num_rows, R]: the same kernel, one narrow column of tiles, several programs on each multiprocessor."""
-    rank = a_ERX.shape[1]
     k_step = 32 if x_NX.dtype == torch.float32 else 64
-    tile = LinearTile(
-        tiles.block_rows, rank, k_step, num_warps=4 if rank <= 64 else 8, programs_per_sm=3 if rank <= 64 else 1
-    )
+    columns = min(a_ERX.shape[1], BLOCK_RANK)  # a wider tile takes more shared memory than small GPUs have
+    tile = LinearTile(tiles.block_rows, columns, k_step, num_warps=4, programs_per_sm=3)
     return launch_expert_linear(x_NX, row_index_S, a_ERX, tiles, num_rows, tile)
 
 

@@ -8,7 +8,8 @@ backward   v2 = B2^T dy_t | da = W2^T dy_t + s2 A2^T v2 | dh, dp, a | v1 = B1^T 
            dB2 = s2 p dy_t u2^T | dA2 = s2 p v2 a^T | dB1 = s1 dh u1^T | dA1 = s1 v1 x_t^T         (sums in fp32)
 
 Saved: x (the caller's own), h, u1, u2, the routing weights and the plan. In a backward that frees the graph, dh is
-written over h; a always over da.
+written over h; a always over da. Eager code runs an autograd function, torch.compile traces ops (`compiled`); both are
+the same two halves (`halves`).
 """
 
 from dataclasses import dataclass
@@ -26,9 +27,6 @@ from expertune.ops.experts.scattermoe.halves import (
     up_backward,
     up_forward,
 )
-from expertune.ops.experts.scattermoe.halves import bias_part as _bias_part  # noqa: F401 - until pieces.py takes them there
-from expertune.ops.experts.scattermoe.halves import dense as _dense  # noqa: F401
-from expertune.ops.experts.scattermoe.halves import packed as _packed  # noqa: F401
 from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
 from expertune.ops.experts.torch_grouped import (
     check_expert_mlp,
