@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from expertune.layers.layout import lora_from_peft
 from expertune.ops.experts.gates import SWIGLU
 from expertune.ops.experts.reference import reference_expert_mlp
 from expertune.ops.experts.scattermoe import halves
@@ -314,6 +315,12 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
     leaves = list(static.leaves.values())
 
     def step() -> tuple[Tensor, ...]:
+        # PEFT's views anew: a view made outside of the capture has its backward on the stream it was made on
+        for name in ("up", "down"):
+            projection = getattr(static, name)
+            a, b = static.leaves[f"{name}_lora_a"], static.leaves[f"{name}_lora_b"]
+            lora = lora_from_peft(a, b, REAL.experts, projection.lora.scaling)
+            setattr(static, name, replace(projection, lora=lora))
         y_TH = mlp(static, tile=None)
         return y_TH.detach(), *torch.autograd.grad(y_TH, leaves, static.dy_TH)
 
