@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from expertune.layers.layout import lora_from_peft
 from expertune.ops.experts.gates import SWIGLU
 from expertune.ops.experts.reference import reference_expert_mlp
-from expertune.ops.experts.scattermoe import halves
+from expertune.ops.experts.scattermoe import products
 from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
 from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.experts.types import Activation, ExpertProjection
@@ -246,7 +246,7 @@ def test_each_gradient_alone_equals_that_of_all() -> None:
 
 
 def test_several_chunks_of_an_expert_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halves, "build_row_tables", partial(halves.build_row_tables, chunk_rows=16))
+    monkeypatch.setattr(products, "build_row_tables", partial(products.build_row_tables, chunk_rows=16))
     case = replace(TINY, tokens=40, experts=2, top_k=1, all_on_first=True)
     problem = make_problem(case, DEVICE)
     first, second, truth = run(problem), run(problem), problem.reference(torch.float32)

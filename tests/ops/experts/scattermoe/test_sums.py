@@ -46,7 +46,7 @@ def test_ranks_and_chunks(rank: int, chunk_rows: int) -> None:
     left_SR, rows_SX = draw(plan.num_rows, rank), draw(plan.num_rows, 40)
     out_ERX = torch.empty(EXPERTS, rank, 40, device=DEVICE)
     chunks = build_row_tables(plan, 16, chunk_rows).chunks
-    launch_expert_sum(padded(left_SR), RowsOf(rows_SX, gather=False), out_ERX, 0.7, plan, chunks)
+    launch_expert_sum(padded(left_SR), RowsOf(rows_SX, None), out_ERX, 0.7, plan, chunks)
     assert_agrees("sum", out_ERX, 0.7 * plain_sum(left_SR, rows_SX, plan), dtype=torch.float32)
     assert not out_ERX[3].any()
 
@@ -59,7 +59,7 @@ def test_gathered_rows_with_a_factor(dtype: torch.dtype, sentinels: bool, chunk_
     left_SR, x_TX, p_S = draw(plan.num_rows, 5, dtype=dtype), draw(TOKENS, 23, dtype=dtype), draw(plan.num_rows)
     out_ERX = torch.empty(EXPERTS, 5, 23, device=DEVICE)
     chunks = build_row_tables(plan, 16, chunk_rows).chunks
-    launch_expert_sum(padded(left_SR), RowsOf(x_TX, gather=True), out_ERX, 1.5, plan, chunks, p_S=p_S)
+    launch_expert_sum(padded(left_SR), RowsOf(x_TX, plan.token_of_row_S), out_ERX, 1.5, plan, chunks, p_S=p_S)
     weighted_SR, x_SX = left_SR.float() * p_S.unsqueeze(1), x_TX[plan.token_of_row_S]
     want = 1.5 * plain_sum(weighted_SR, x_SX, plan)
     plain = 1.5 * plain_sum(weighted_SR.to(dtype), x_SX, plan)
@@ -76,7 +76,7 @@ def test_any_strides_of_out_and_rows_and_no_value_beyond() -> None:
         room = torch.full([size + 1 for size in sizes], 7.0, device=DEVICE)  # a border on every side
         inner = room[tuple(slice(size) for size in sizes)]
         out_ERX = inner.permute(*[order.index(dim) for dim in range(3)])
-        launch_expert_sum(padded(left_SR), RowsOf(rows_SX, gather=False), out_ERX, 1.0, plan, chunks)
+        launch_expert_sum(padded(left_SR), RowsOf(rows_SX, None), out_ERX, 1.0, plan, chunks)
         assert_agrees(f"order {order}", out_ERX, want, dtype=torch.float32)
         inner.fill_(7.0)
         assert bool((room == 7).all()), "a value was written beyond out"
@@ -88,7 +88,7 @@ def test_the_sum_is_rounded_once_into_the_dtype_of_out(dtype: torch.dtype) -> No
     left_SR, rows_SX = draw(plan.num_rows, 16), draw(plan.num_rows, 32)
     out_ERX = torch.empty(EXPERTS, 16, 32, device=DEVICE, dtype=dtype)
     chunks = build_row_tables(plan, 16, 16).chunks
-    launch_expert_sum(left_SR, RowsOf(rows_SX, gather=False), out_ERX, 1.0, plan, chunks)
+    launch_expert_sum(left_SR, RowsOf(rows_SX, None), out_ERX, 1.0, plan, chunks)
     assert_agrees("sum", out_ERX, plain_sum(left_SR, rows_SX, plan), dtype=dtype)
 
 
@@ -98,7 +98,7 @@ def test_two_runs_give_the_same_bits() -> None:
     chunks = build_row_tables(plan, 16, 16).chunks
     first, second = torch.empty(2, EXPERTS, 16, 40, device=DEVICE)
     for out_ERX in (first, second):
-        launch_expert_sum(left_SR, RowsOf(rows_SX, gather=False), out_ERX, 1.0, plan, chunks)
+        launch_expert_sum(left_SR, RowsOf(rows_SX, None), out_ERX, 1.0, plan, chunks)
     assert torch.equal(first, second)
 
 
@@ -106,5 +106,5 @@ def test_no_row_at_all_gives_zeros() -> None:
     plan = build_plan(torch.empty(0, 2, dtype=torch.int64, device=DEVICE), EXPERTS)
     out_ERX = torch.empty(EXPERTS, 3, 40, device=DEVICE)
     chunks = build_row_tables(plan, 16).chunks
-    launch_expert_sum(draw(0, 16), RowsOf(draw(0, 40), gather=False), out_ERX, 1.0, plan, chunks)
+    launch_expert_sum(draw(0, 16), RowsOf(draw(0, 40), None), out_ERX, 1.0, plan, chunks)
     assert not out_ERX.any()

@@ -18,16 +18,9 @@ import torch
 from torch import Tensor
 
 from expertune.ops.experts.gates import Gate
-from expertune.ops.experts.scattermoe.halves import (
-    Products,
-    at_home,
-    dense,
-    down_backward,
-    down_forward,
-    up_backward,
-    up_forward,
-)
+from expertune.ops.experts.scattermoe.halves import down_backward, down_forward, up_backward, up_forward
 from expertune.ops.experts.scattermoe.pack import MIN_RANK
+from expertune.ops.experts.scattermoe.products import Products, at_home, dense
 from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
 from expertune.ops.experts.torch_grouped import flatten_projection, scaling_of, unflatten_projection
 from expertune.ops.experts.types import Activation, ExpertProjection

@@ -19,14 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.ops.experts.scattermoe.compiled import traced_expert_mlp
-from expertune.ops.experts.scattermoe.halves import (
-    Products,
-    at_home,
-    down_backward,
-    down_forward,
-    up_backward,
-    up_forward,
-)
+from expertune.ops.experts.scattermoe.halves import down_backward, down_forward, up_backward, up_forward
+from expertune.ops.experts.scattermoe.products import Products, at_home
 from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
 from expertune.ops.experts.torch_grouped import (
     check_expert_mlp,

@@ -20,22 +20,21 @@ Saved for the backward: x (the caller's own), u, the routing weights and the pla
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.ops.experts.scattermoe.combine import combine
-from expertune.ops.experts.scattermoe.halves import at_home, bias_part, dense, packed
-from expertune.ops.experts.scattermoe.linear import adapter_step, launch_expert_linear, launch_thin_linear
-from expertune.ops.experts.scattermoe.pack import MIN_RANK, PackedLora, lay_out_as, pack_lora
+from expertune.ops.experts.scattermoe.pack import MIN_RANK, pack_lora
+from expertune.ops.experts.scattermoe.products import Products, at_home, bias_part, dense, packed
 from expertune.ops.experts.scattermoe.rows import launch_group_rows, launch_row_dots
-from expertune.ops.experts.scattermoe.sums import RowsOf, launch_expert_sum
+from expertune.ops.experts.scattermoe.sums import RowsOf
 from expertune.ops.experts.scattermoe.tiles import RowTables, build_row_tables
 from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
-from expertune.ops.experts.torch_grouped import flatten_projection, grouped_outer, scaling_of, unflatten_projection
-from expertune.ops.experts.types import ExpertLora, ExpertProjection
+from expertune.ops.experts.torch_grouped import flatten_projection, scaling_of, unflatten_projection
+from expertune.ops.experts.types import ExpertProjection
 from expertune.ops.plan import ExpertPlan
 from expertune.ops.triton_launch import next_power_of_2
 
@@ -142,7 +141,7 @@ def expert_linear_input_grad(
     _check_linear("dout_NY", dout_NY, 1, projection, plan, grouped)
     call = _make_call(projection, plan, form, tile, tables)
     with at_home(dout_NY):
-        dout = _rows(dout_NY.to(projection.weight_EYX.dtype), None if grouped else plan.token_of_row_S)
+        dout = call.rows_of(dout_NY.to(projection.weight_EYX.dtype), grouped=grouped)
         lora = packed(projection)
         v_SR = call.thin(dout, lora.b_EYR.transpose(1, 2)) if lora else None
         drows_SX = call.input_grad(dout, projection, lora, v_SR)
@@ -191,103 +190,19 @@ def expert_linear_adapter_grads(
     call = _make_call(projection, plan, "auto", tile, tables)
     with at_home(x_NX):
         p_S = None if weights_TK is None else weights_TK.reshape(-1)[plan.slot_of_row_S]
-        dout = _rows(dout_NY.to(dtype), None if grouped_dout else plan.token_of_row_S)
-        x = _rows(x_NX.to(dtype), None if grouped else plan.token_of_row_S)
+        dout = call.rows_of(dout_NY.to(dtype), grouped=grouped_dout)
+        x = call.rows_of(x_NX.to(dtype), grouped=grouped)
         as_packed = pack_lora(lora, dtype)
         u_SR = call.thin(x, as_packed.a_ERX) if u_SR is None else u_SR
         v_SR = call.thin(dout, as_packed.b_EYR.transpose(1, 2)) if v_SR is None else v_SR
         return call.a_grad(v_SR, x, lora, p_S), call.b_grad(u_SR, dout, lora, p_S)
 
 
-class _Rows(NamedTuple):
-    """rows_NX: dense rows. index_S: which of them each routed row reads, or None if they are in plan order."""
-
-    rows_NX: Tensor
-    index_S: Tensor | None
-
-
-def _rows(rows_NX: Tensor, index_S: Tensor | None) -> _Rows:
-    return _Rows(dense(rows_NX), index_S)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The products of one call: they share the plan, its tables, the tile and the form."""
-
-    plan: ExpertPlan
-    tables: RowTables
-    tile: LinearTile
-    fused: bool
-
-    def thin(self, rows: _Rows, weight_ERX: Tensor) -> Tensor:
-        """W x of rank R' [S, R']; a rank wider than a tile is a product like any other."""
-        if weight_ERX.shape[1] > LARGEST_FUSED_RANK:
-            return self._launch(rows, weight_ERX)
-        return launch_thin_linear(*rows, weight_ERX, self.tables.tiles, self.plan.num_rows)
-
-    def forward(
-        self,
-        rows: _Rows,
-        projection: ExpertProjection,
-        lora: PackedLora | None,
-        u_SR: Tensor | None,
-        out_index_S: Tensor | None,
-    ) -> Tensor:
-        """W x + b + s B u, stored at out_index if there is one; rows of no expert are not written."""
-        bias_EY = None if projection.bias_EY is None else projection.bias_EY.contiguous()
-        return self._add_adapter(rows, projection.weight_EYX, lora, u_SR, bias_EY=bias_EY, out_index_S=out_index_S)
-
-    def input_grad(
-        self, dout: _Rows, projection: ExpertProjection, lora: PackedLora | None, v_SR: Tensor | None
-    ) -> Tensor:
-        """W^T dout + s A^T v [S, in]."""
-        seen_from_behind = lora and PackedLora(lora.b_EYR, lora.a_ERX.transpose(1, 2), lora.scaling, lora.rank)
-        return self._add_adapter(dout, projection.weight_EYX.transpose(1, 2), seen_from_behind, v_SR)
-
-    def a_grad(self, v_SR: Tensor, x: _Rows, lora: ExpertLora, p_S: Tensor | None) -> Tensor:
-        """s sum of p v x^T over the rows of each expert."""
-        da_ERX = torch.empty_like(lora.a_ERX, memory_format=torch.contiguous_format)
-        self._sum(v_SR, x, da_ERX, lora.scaling, p_S)
-        return da_ERX
-
-    def b_grad(self, u_SR: Tensor, dout: _Rows, lora: ExpertLora, p_S: Tensor | None) -> Tensor:
-        """s sum of p dout u^T over the rows of each expert."""
-        db_ERY = torch.empty_like(lora.b_EYR.transpose(1, 2), memory_format=torch.contiguous_format)
-        self._sum(u_SR, dout, db_ERY, lora.scaling, p_S)
-        return lay_out_as(db_ERY.transpose(1, 2), lora.b_EYR)
-
-    def _add_adapter(
-        self,
-        rows: _Rows,
-        weight_EYX: Tensor,
-        lora: PackedLora | None,
-        u_SR: Tensor | None,
-        *,
-        bias_EY: Tensor | None = None,
-        out_index_S: Tensor | None = None,
-    ) -> Tensor:
-        if self.fused or lora is None or u_SR is None:
-            step = adapter_step(lora, u_SR)
-            return self._launch(rows, weight_EYX, bias_EY=bias_EY, out_index_S=out_index_S, **step)
-        out_SY = self._launch(rows, weight_EYX, bias_EY=bias_EY, out_index_S=out_index_S)
-        return out_SY.add_(self._launch(_Rows(u_SR, None), lora.b_EYR, out_index_S=out_index_S), alpha=lora.scaling)
-
-    def _launch(self, rows: _Rows, weight_EYX: Tensor, **options: object) -> Tensor:
-        return launch_expert_linear(
-            *rows, weight_EYX, self.tables.tiles, self.plan.num_rows, self.tile, **options  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    def _sum(self, left_SR: Tensor, rows: _Rows, out_ERX: Tensor, scaling: float, p_S: Tensor | None) -> None:
-        gather = rows.index_S is not None  # by the plan's tokens, as far as the sum knows
-        plan = self.plan if rows.index_S is None else replace(self.plan, token_of_row_S=rows.index_S)
-        launch_expert_sum(left_SR, RowsOf(rows.rows_NX, gather), out_ERX, scaling, plan, self.tables.chunks, p_S=p_S)
-
-
 @dataclass(frozen=True)
 class _Options:
     """What is no tensor of autograd's."""
 
-    call: _Call
+    call: Products
     grouped: bool
     output: Output
     scaling: float
@@ -340,7 +255,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(the output, u for the backward)."""
     call, plan = options.call, options.call.plan
-    x, lora = _rows(x_NX, None if options.grouped else plan.token_of_row_S), packed(projection)
+    x, lora = call.rows_of(x_NX, grouped=options.grouped), packed(projection)
     u_SR = call.thin(x, lora.a_ERX) if lora else None
     scattered = options.output == "scattered"
     out_SY = call.forward(x, projection, lora, u_SR, plan.slot_of_row_S if scattered else None)
@@ -362,8 +277,8 @@ def _backward(
     """Gradients of the rows, of the routing weights, and of weight, bias, A and B; None if not needed."""
     call, plan, (need_x, need_weights, *need) = options.call, options.call.plan, needs
     index_S = {"grouped": None, "scattered": plan.slot_of_row_S, "combined": plan.token_of_row_S}[options.output]
-    rows = _rows(dout.flatten(0, -2), index_S)  # of a combined output: before the factor p
-    x, lora = _rows(x_NX, None if options.grouped else plan.token_of_row_S), packed(projection)
+    rows = RowsOf(dense(dout.flatten(0, -2)), index_S)  # of a combined output: before the factor p
+    x, lora = call.rows_of(x_NX, grouped=options.grouped), packed(projection)
     p_S = None if weights_TK is None else weights_TK.reshape(-1)[plan.slot_of_row_S]
     v_SR = dx_NX = dweights_TK = None
     if lora and (need_x or need_weights or need[2]):
@@ -380,39 +295,7 @@ def _backward(
         elif need_x:
             drows_SX = drows_SX if p_S is None else (drows_SX * p_S.unsqueeze(1)).to(drows_SX.dtype)
             dx_NX = _zero_sentinels(drows_SX, plan)
-    return dx_NX, dweights_TK, *_parameter_grads(call, rows, v_SR, x, u_SR, projection, need, p_S)
-
-
-def _parameter_grads(
-    call: _Call,
-    dout: _Rows,
-    v_SR: Tensor | None,
-    x: _Rows,
-    u_SR: Tensor | None,
-    projection: ExpertProjection,
-    need: Sequence[bool],
-    p_S: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of weight, bias, A and B, each only if needed."""
-    plan, lora = call.plan, projection.lora
-    need_weight, need_bias, need_a, need_b = need
-    dweight = dbias = da = db = None
-    if need_weight or need_bias:  # full fine-tuning: torch's grouped products on gathered rows
-        dout_SY = _gathered(dout)
-        if p_S is not None:
-            dout_SY = (dout_SY * p_S.unsqueeze(1)).to(dout_SY.dtype)
-        dweight = grouped_outer(dout_SY, _gathered(x), plan) if need_weight else None
-        ones_S8 = dout_SY.new_ones(plan.num_rows, 8)  # 8 columns: one would break grouped_mm's alignment rule
-        dbias = grouped_outer(ones_S8, dout_SY, plan)[:, 0] if need_bias else None
-    if lora is not None and need_a and v_SR is not None:
-        da = call.a_grad(v_SR, x, lora, p_S)
-    if lora is not None and need_b and u_SR is not None:
-        db = call.b_grad(u_SR, dout, lora, p_S)
-    return dweight, dbias, da, db
-
-
-def _gathered(rows: _Rows) -> Tensor:
-    return rows.rows_NX if rows.index_S is None else rows.rows_NX[rows.index_S]
+    return dx_NX, dweights_TK, *call.parameter_grads(rows, v_SR, x, u_SR, projection, need, p_S)
 
 
 def _zero_sentinels(rows_SX: Tensor, plan: ExpertPlan, *, of_slots: bool = False) -> Tensor:
@@ -425,7 +308,7 @@ def _zero_sentinels(rows_SX: Tensor, plan: ExpertPlan, *, of_slots: bool = False
 
 def _make_call(
     projection: ExpertProjection, plan: ExpertPlan, form: Form, tile: LinearTile | None, tables: RowTables | None
-) -> _Call:
+) -> Products:
     if form not in get_args(Form):
         raise ValueError(f"form: got {form!r}, need one of {', '.join(get_args(Form))}")
     weight_EYX, lora = projection.weight_EYX, projection.lora
@@ -434,7 +317,7 @@ def _make_call(
         raise ValueError(f"tables: got tiles of {tables.tiles.block_rows} rows, need {tile.rows} (rows of the tile)")
     runs = form if form != "auto" else pick_form(lora.rank if lora else 0)
     with at_home(weight_EYX):
-        return _Call(plan, tables or build_row_tables(plan, tile.rows), tile, fused=runs == "fused")
+        return Products(plan, tables or build_row_tables(plan, tile.rows), tile, fused=runs == "fused")
 
 
 def _check_linear(

@@ -131,10 +131,14 @@ _expert_sum = Launcher(_expert_sum_kernel)
 
 
 class RowsOf(NamedTuple):
-    """Rows [S, X] in plan order, or, with `gather`, [T, X] that every routed row reads by its token."""
+    """The routed rows [S, X]: rows_NX in plan order, or, with an index [S], the row of rows_NX that each one reads."""
 
     rows_NX: Tensor
-    gather: bool
+    index_S: Tensor | None
+
+    def gathered(self) -> Tensor:
+        """[S, X] in memory: for torch's own products."""
+        return self.rows_NX if self.index_S is None else self.rows_NX[self.index_S]
 
 
 def launch_expert_sum(
@@ -160,9 +164,9 @@ def launch_expert_sum(
     parts = chunks.capacity if plan.num_rows > chunks.block_rows else 0
     _expert_sum(
         (num_blocks, chunks.capacity, rank_blocks), left_SR, rows.rows_NX, rows.rows_NX.stride(0),
-        plan.token_of_row_S if rows.gather else None, p_S, scaling, out_ERX, *out_ERX.stride(),
+        rows.index_S, p_S, scaling, out_ERX, *out_ERX.stride(),
         torch.empty(parts, padded, width, device=device, dtype=torch.float32), counters, plan.row_fence_F,
-        chunks.entries_4M, chunks.capacity, width, out_ERX.shape[1], rows.gather, p_S is not None, padded,
+        chunks.entries_4M, chunks.capacity, width, out_ERX.shape[1], rows.index_S is not None, p_S is not None, padded,
         precision(left_SR), chunks.block_rows, tile.rows, block_x, block_r,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
