@@ -56,7 +56,7 @@ def experts_forward(
     hidden_states: [T, H]. top_k_index: [T, K] integer. top_k_weights: [T, K]. Returns [T, H] in the dtype of the input.
     The gate is the module's own function, whatever it computes; a kernel computes it itself where it is exactly one
     that it knows. A module that has more of its own between the projections (a norm, trainable parameters) is run in
-    pieces through autograd on torch_grouped: slower, the same result.
+    pieces through autograd: slower, the same result.
     Raises BackendError if a backend was asked for by name and cannot run on the device of the input.
     """
     up_name, down_name = projection_names(experts)
@@ -67,14 +67,33 @@ def experts_forward(
     sentinels = bool(getattr(experts, "_is_expert_parallel", True))
     plan = build_plan(top_k_index, up.num_experts, sentinels=sentinels)
     activation = activation_of(experts)
-    if not _has_more_of_its_own(experts):
-        return _run(backend, hidden_states, top_k_weights, plan, up, down, activation)
-    _say_once(f"{type(experts).__name__} has more of its own between its projections: it runs on {TORCH_GROUPED}")
-    h_SJ = grouped_expert_linear(gather_rows(hidden_states, plan), up, plan)
-    z_SH = grouped_expert_linear(activation(h_SJ), down, plan)
+    if _has_more_of_its_own(experts):
+        return _run_in_pieces(backend, experts, hidden_states, top_k_weights, plan, up, down, activation)
+    return _run(backend, hidden_states, top_k_weights, plan, up, down, activation)
+
+
+def _run_in_pieces(
+    backend: str,
+    experts: nn.Module,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    plan: ExpertPlan,
+    up: ExpertProjection,
+    down: ExpertProjection,
+    activation: Activation,
+) -> Tensor:
+    """Projection by projection, the module's own things between them through autograd."""
+    if backend == TORCH_GROUPED:
+        h_SJ = grouped_expert_linear(gather_rows(x_TH, plan), up, plan)
+        z_SH = grouped_expert_linear(activation(h_SJ), down, plan)
+    else:
+        from expertune.ops.experts.scattermoe.pieces import expert_linear
+
+        h_SJ = expert_linear(x_TH, up, plan)
+        z_SH = expert_linear(activation(h_SJ), down, plan, grouped=True)
     if getattr(experts, "has_post_expert_norm", False):
         z_SH = cast(nn.Module, experts.post_expert_norm)(z_SH)
-    return combine_rows(z_SH, top_k_weights, plan).to(hidden_states.dtype)
+    return combine_rows(z_SH, weights_TK, plan).to(x_TH.dtype)
 
 
 def _run(
@@ -123,8 +142,3 @@ def _backend_for(implementation: str, device_type: str, dtype: torch.dtype) -> s
     backend = pick_backend(device_type) if dtype != torch.float64 else TORCH_GROUPED  # kernels know no fp64
     logger.info("experts on %s run on the backend %s", device_type, backend)
     return backend
-
-
-@cache
-def _say_once(message: str) -> None:
-    logger.info(message)

@@ -29,31 +29,28 @@ class Launcher:
         if not self._is_constant:  # the interpreter
             self.kernel[grid](*args)
             return
-        key = (
-            torch.cuda.current_device(),
-            num_warps,
-            num_stages,
-            *[
-                arg if constant else _specialisation(arg)
-                for arg, constant in zip(args, self._is_constant, strict=True)
-            ],
-        )  # fmt: skip
+        key = self._key(args, num_warps, num_stages)
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self.kernel[grid](*args, num_warps=num_warps, num_stages=num_stages)
         else:
             compiled[(*grid, 1, 1)[:3]](*args)
 
-
-def _specialisation(arg: Any) -> Any:
-    kind = type(arg)
-    if kind is int:
-        return 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
-    if arg is None or kind is float:
-        return kind
-    if kind is TensorDescriptor:
-        return arg.base.dtype, tuple(arg.block_shape), len(arg.shape)
-    return arg.dtype, arg.data_ptr() % 16 == 0
+    def _key(self, args: tuple[Any, ...], num_warps: int, num_stages: int) -> tuple[Any, ...]:
+        key: list[Any] = [torch.cuda.current_device(), num_warps, num_stages]
+        for arg, constant in zip(args, self._is_constant, strict=True):
+            kind = type(arg)
+            if constant:
+                key.append(arg)
+            elif kind is int:  # 1, a multiple of 16, wide or neither
+                key.append(1 if arg == 1 else 64 if not -(2**31) <= arg < 2**31 else 16 if arg % 16 == 0 else 0)
+            elif arg is None or kind is float:
+                key.append(kind)
+            elif kind is TensorDescriptor:
+                key.append((arg.base.dtype, *arg.block_shape))
+            else:
+                key.append((arg.dtype, arg.data_ptr() % 16 == 0))
+        return tuple(key)
 
 
 def cdiv(number: int, by: int) -> int:

@@ -257,9 +257,11 @@ def precision(rows: Tensor) -> str:
 
 def fits_descriptor(tensor: Tensor) -> bool:
     """Whether a tensor descriptor can hold it: last dimension dense, address and other strides of 16 bytes each."""
-    wide = (stride * tensor.element_size() for stride in tensor.stride()[:-1])
-    aligned = tensor.data_ptr() % DESCRIPTOR_BYTES == 0 and all(stride % DESCRIPTOR_BYTES == 0 for stride in wide)
-    return tensor.stride(-1) == 1 and aligned
+    *wide, last = tensor.stride()
+    if last != 1 or tensor.data_ptr() % DESCRIPTOR_BYTES:
+        return False
+    size = tensor.element_size()
+    return not any([stride * size % DESCRIPTOR_BYTES for stride in wide])  # noqa: C419 - a list is half the cost
 
 
 def _clipped_descriptor(out_SY: Tensor, block: list[int]) -> TensorDescriptor:
