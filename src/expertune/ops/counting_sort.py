@@ -3,7 +3,7 @@
     row of slot i = (slots of smaller experts) + (slots of the same expert before i)
 
 Launch 1 counts the experts of each block of slots; launch 2 adds up the counts of the blocks before its own, and ranks
-the slots inside its block. torch.sort needs a dozen launches for the same (H200, 65536 slots: 45 us in place of 10).
+the slots inside its block. torch.sort and what goes with it are a dozen launches (H200, 65536 slots: 45 us, these 28).
 An id that is no expert (below 0 or from E on) goes past the last expert, so that nothing is written out of bounds.
 """
 

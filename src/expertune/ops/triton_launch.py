@@ -1,4 +1,4 @@
-"""Launching a Triton kernel at a third of the usual cost for the host.
+"""Launching a Triton kernel at half of the usual cost for the host.
 
 A step of small experts is over before the host has launched it: every launch through `kernel[grid](...)` binds and
 specialises all arguments anew (H200's host: 38 us for a projection's 40 arguments, 18 us through the compiled kernel).
