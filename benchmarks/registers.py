@@ -1,0 +1,117 @@
+"""Registers, spills and shared memory of the projection kernel, compiled for a GPU that need not be there.
+
+    python benchmarks/registers.py                # sm_90, bf16, rank 16 and 64, the tile that `pick_tile` takes
+    python benchmarks/registers.py --capability 80 --tile 128 128 32 --warps 8 --stages 3 --no-descriptors
+
+A spill shows here in seconds, before a GPU is asked for: each byte of it is a trip to memory in the main loop. ptxas is
+the one that Triton brings; the figures are those of the Triton that is installed.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from expertune.ops.experts.scattermoe.linear import BLOCK_RANK, GROUP_TILES, _expert_linear_kernel
+from expertune.ops.experts.scattermoe.tiling import LinearTile
+
+POINTERS = {
+    "x_ptr": "*bf16", "row_index_ptr": "*i64", "w_ptr": "*bf16", "u_ptr": "*bf16", "lora_b_ptr": "*bf16",
+    "out_ptr": "*bf16", "tiles_ptr": "*i32",
+}  # fmt: skip
+DIVISIBLE_BY_16 = {*POINTERS, "stride_x", "num_in", "num_out", "stride_w_expert", "stride_b_expert"}
+
+
+def arguments(tile: LinearTile, rank: int, gather: bool, transposed: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """(types of the runtime arguments, values of the constants) of one variant, without bias and scatter."""
+    stores = 2 if rank >= BLOCK_RANK else 1
+    with_descriptors = tile.descriptors
+    constants: dict[str, Any] = {
+        "bias_ptr": None, "out_index_ptr": None, "stride_w_out" if transposed else "stride_w_in": 1, "stride_b_rank": 1,
+        "X_DESCRIPTOR": with_descriptors and not gather, "W_DESCRIPTOR": with_descriptors,
+        "OUT_DESCRIPTOR": with_descriptors, "GATHER": gather, "SCATTER": False, "HAS_BIAS": False, "RANK": rank,
+        "TRANSPOSED": transposed, "DTYPE": tl.bfloat16, "PRECISION": "tf32", "BLOCK_S": tile.rows,
+        "BLOCK_Y": tile.columns, "BLOCK_X": tile.k_step, "BLOCK_R": min(rank, BLOCK_RANK), "STORES": stores,
+        "GROUP": GROUP_TILES, "HALVES": tile.halves,
+    }  # fmt: skip
+    weight_block = [1, tile.k_step, tile.columns] if transposed else [1, tile.columns, tile.k_step]
+    blocks = {
+        "x_desc": [tile.rows, tile.k_step],
+        "w_desc": weight_block,
+        "out_desc": [1, 1, tile.rows, tile.columns // stores],
+    }
+    used = {"x_desc": not gather, "w_desc": True, "out_desc": True}
+    types = {"scaling": "fp32", **POINTERS}
+    for name, block in blocks.items():
+        if with_descriptors and used[name]:
+            types[name] = f"tensordesc<bf16[{', '.join(map(str, block))}]>".replace(" ", "")
+        else:
+            constants[name] = None
+    for name in _expert_linear_kernel.arg_names:
+        if name not in types and name not in constants:
+            types[name] = "i32"
+    return types, constants
+
+
+def assemble(ptx: str, arch: str) -> str:
+    """What ptxas says: of the ones that Triton brings, the first that knows this version of PTX."""
+    complaints = []
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        for ptxas in sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*")):
+            command = [str(ptxas), "-v", f"--gpu-name={arch}", str(source), "-o", str(binary)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stderr
+            complaints.append(f"{ptxas.name}: {done.stderr or done.stdout}")
+    raise SystemExit("\n".join(complaints) or "Triton brings no ptxas here")
+
+
+def compile_and_read(types: dict[str, str], constants: dict[str, Any], tile: LinearTile, capability: int) -> str:
+    """Compile one variant and say what ptxas says."""
+    names = _expert_linear_kernel.arg_names
+    source = ASTSource(
+        _expert_linear_kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in DIVISIBLE_BY_16 if name in types},
+    )
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    said = assemble(kernel.asm["ptx"], f"sm_{capability}" + ("a" if capability >= 90 else ""))
+    registers, spills = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill stores", said)
+    return f"{registers[0]:>4} registers {spills[0]:>6} B spilled {kernel.metadata.shared:>7} B shared"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--tile", type=int, nargs=3, default=(128, 256, 64), metavar=("ROWS", "COLUMNS", "K_STEP"))
+    parser.add_argument("--warps", type=int, default=8)
+    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="+", default=(16, 64))
+    parser.add_argument("--no-descriptors", action="store_true")
+    given = parser.parse_args()
+    for halves in (False, True):
+        tile = LinearTile(
+            *given.tile, given.warps, given.stages, descriptors=not given.no_descriptors, halves=halves
+        )  # fmt: skip
+        for rank in given.ranks:
+            for name, gather, transposed in (
+                ("up", True, False), ("down", False, False), ("da", True, True), ("dx", False, True),
+            ):  # fmt: skip
+                types, constants = arguments(tile, rank, gather, transposed)
+                figures = compile_and_read(types, constants, tile, given.capability)
+                print(f"{name:<5} rank {rank:<4} {'halves' if halves else '':<7} {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
