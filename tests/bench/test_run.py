@@ -13,11 +13,12 @@ from rich.console import Console
 from expertune.bench import results as results_module
 from expertune.bench import run as run_module
 from expertune.bench.cases import Case
-from expertune.bench.results import CaseResults, csv_text, read_csv, write_whole
+from expertune.bench.results import CaseResults, csv_text, read_csv
 from expertune.bench.run import plot_files, run_bench
 from expertune.bench.timing import ClockTimer
 from expertune.bench.ways import Way, select_ways
 from expertune.errors import ConfigError, ExpertuneError
+from expertune.files import write_whole
 from tests.bench.conftest import TINY
 
 COMMIT_OF = results_module.commit_of

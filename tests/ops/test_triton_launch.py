@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expertune.ops.triton_launch import Launcher, cdiv, next_power_of_2
+from expertune.ops.integers import cdiv, next_power_of_2
+from expertune.ops.triton_launch import Launcher
 
 
 @triton.jit

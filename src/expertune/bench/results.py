@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -149,19 +148,6 @@ def commit_of(folder: Path) -> str:
     if not commit or git("ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"  # installed into an environment that lies in somebody's checkout
     return commit + ("+" if git("status", "--porcelain", "--", ".") else "")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, never half of it."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str:

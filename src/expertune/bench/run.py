@@ -8,14 +8,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from expertune.bench import timing
 from expertune.bench.cases import Case
 from expertune.bench.figure import plot_png
 from expertune.bench.measure import FAILED, OK, Result, describe_error, measure, release_memory
 from expertune.bench.problem import draw_problem
-from expertune.bench.results import CaseResults, csv_text, describe_environment, read_csv, write_whole
-from expertune.bench.timing import CudaTimer, Timer
+from expertune.bench.results import CaseResults, csv_text, describe_environment, read_csv
+from expertune.bench.timing import Timer
 from expertune.bench.ways import Way
 from expertune.errors import ConfigError, ExpertuneError
+from expertune.files import write_whole
 
 CSV_NAME, PNG_NAME = "bench.csv", "bench.png"
 _LEGEND = (
@@ -28,13 +30,7 @@ _LEGEND = (
 
 def find_gpu() -> tuple[torch.device, Timer]:
     """The device to measure on, and its timer; raises ConfigError if there is none."""
-    if not torch.cuda.is_available():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
-        raise ConfigError(
-            f"expertune bench needs an NVIDIA GPU, and this machine has none that torch can use (torch is built for "
-            f"{built}); `expertune doctor` says more"
-        )
-    return torch.device("cuda", torch.cuda.current_device()), CudaTimer.calibrated()
+    return timing.find_gpu("expertune bench")
 
 
 def make_output(folder: Path) -> None:
@@ -73,7 +69,7 @@ def run_bench(
             console.print(f"[bold]{case.title}[/] (case {index + 1} of {len(cases)}, seed {first_seed + index})")
             results = _measure_case(case, ways, timer, console, device, repeats, first_seed + index, dtype)
             measured.append(CaseResults(case, first_seed + index, str(dtype).removeprefix("torch."), repeats, results))
-            write_whole(output / CSV_NAME, csv_text(measured, environment).encode())
+            write_whole(output / CSV_NAME, csv_text(measured, environment))
             _print_table(measured[-1], console)
             release_memory()
     finally:

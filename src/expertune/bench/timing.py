@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from expertune.bench.rivals import Step
+from expertune.errors import ConfigError
 
 _MIN_HOLD_MS = 2.0  # the host needs 0.3 to 2 ms to launch a step
 _MAX_HOLD_MS = 25.0
@@ -84,6 +85,17 @@ class CudaTimer:
         result = step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, result
+
+
+def find_gpu(command: str) -> tuple[torch.device, Timer]:
+    """The device that `command` measures on, and its timer; raises ConfigError if there is none."""
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+        raise ConfigError(
+            f"{command} needs an NVIDIA GPU, and this machine has none that torch can use (torch is built for "
+            f"{built}); `expertune doctor` says more"
+        )
+    return torch.device("cuda", torch.cuda.current_device()), CudaTimer.calibrated()
 
 
 class ClockTimer:

@@ -53,16 +53,6 @@ class Launcher:
         return tuple(key)
 
 
-def cdiv(number: int, by: int) -> int:
-    """Divide, rounding up. Triton's own is a function of its language: 4 us a call."""
-    return -(-number // by)
-
-
-def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is at least `number` (which is at least 1)."""
-    return 1 << (number - 1).bit_length()
-
-
 @cache
 def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from expertune.files import write_whole
 from expertune.integrations.backends import AUTO, pick_backend
 from expertune.ops.records import KernelRecord, KernelRecorder, gpu_facts
-from expertune.train.saving import write_whole
 
 KERNELS = "kernels.json"
 MAX_KERNELS_LOGGED = 8  # the rest is in the file

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import TrainerCallback, set_seed
 
 from expertune.errors import ConfigError, Interrupted
+from expertune.files import write_whole
 from expertune.integrations.backends import AUTO, pick_backend
 from expertune.integrations.targets import summarise_trainable
 from expertune.train.arguments import set_intervals, sft_config
@@ -23,7 +24,7 @@ from expertune.train.memory import peak_memory_bytes
 from expertune.train.model import add_adapter, load_model
 from expertune.train.prepare import Prepared, prepare
 from expertune.train.records import RecordKernels
-from expertune.train.saving import CHECKPOINT_PREFIX, check_output_dir, checkpoints, tidy, whole_folder, write_whole
+from expertune.train.saving import CHECKPOINT_PREFIX, check_output_dir, checkpoints, tidy, whole_folder
 from expertune.train.trainer import Trainer
 
 ADAPTER = "adapter"

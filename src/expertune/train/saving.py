@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from expertune.errors import ConfigError
+from expertune.files import PARTIAL, partial_of
 
 CHECKPOINT_PREFIX = "checkpoint-"
-_PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 
 
@@ -22,7 +22,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     A folder that stands at `target` is replaced only once the new one is complete.
     """
-    partial = target.parent / f"{_PARTIAL}{target.name}"
+    partial = partial_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -40,16 +40,6 @@ def whole_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old one or the new one, never half of it."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def tidy(folder: Path) -> list[str]:
     """Finish or remove what a killed run left half done in a run folder; returns what was done, in words."""
     done = []
@@ -60,12 +50,12 @@ def tidy(folder: Path) -> list[str]:
         else:  # killed between the two renames: the old one is the newest whole one
             replaced.rename(target)
             done.append(f"restored {target.name}, whose replacement was not finished")
-    for partial in folder.glob(f"{_PARTIAL}*"):
+    for partial in folder.glob(f"{PARTIAL}*"):
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
             partial.unlink()
-        done.append(f"removed {partial.name.removeprefix(_PARTIAL)}, which an interrupted run had half written")
+        done.append(f"removed {partial.name.removeprefix(PARTIAL)}, which an interrupted run had half written")
     return done
 
 
@@ -83,10 +73,10 @@ def check_output_dir(folder: Path, need_bytes: int) -> None:
     """Raise ConfigError unless the folder can be made, written and renamed in, and has `need_bytes` free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{_PARTIAL}probe"
+        probe = folder / f"{PARTIAL}probe"
         probe.write_bytes(b"x" * 4096)
-        probe.replace(folder / f"{_PARTIAL}probe2")
-        (folder / f"{_PARTIAL}probe2").unlink()
+        probe.replace(folder / f"{PARTIAL}probe2")
+        (folder / f"{PARTIAL}probe2").unlink()
     except OSError as error:
         raise ConfigError(
             f"output_dir: {folder} cannot be written ({error.strerror or error}). Choose another output_dir."

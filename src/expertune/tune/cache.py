@@ -21,14 +21,14 @@ import torch
 
 import expertune
 from expertune.errors import ConfigError
-from expertune.ops.experts.scattermoe.tiling import LinearTile
+from expertune.files import partial_of, write_whole
+from expertune.ops.experts.scattermoe.tiling import LinearTile, pad_rank
 from expertune.ops.records import gpu_facts
 
 SCHEMA = 1
 KERNEL = "scattermoe.linear"
 LOCK_TIMEOUT_S = 30.0
 _LOCK_POLL_S = 0.02
-_MIN_RANK = 16  # the kernels pad a smaller adapter to this, and any to a power of two
 _MOST = {"rows": 1024, "columns": 1024, "k_step": 1024, "num_warps": 32, "num_stages": 16, "programs_per_sm": 32}
 _LEAST = {"rows": 16, "columns": 16, "k_step": 16}  # of a tensor-core product
 
@@ -82,7 +82,7 @@ class TunedShape:
             intermediate=intermediate,
             top_k=top_k,
             rows_per_expert=2 ** round(math.log2(mean)),
-            rank=max(_MIN_RANK, 1 << (rank - 1).bit_length()) if rank else 0,
+            rank=pad_rank(rank) if rank else 0,
             dtype=str(dtype).removeprefix("torch."),
         )
 
@@ -206,7 +206,7 @@ def store(
         if after == before:
             return False
         try:
-            _write_whole(path, _to_json(after))
+            write_whole(path, _to_json(after))
         except OSError as error:
             raise _unwritable(path, error) from error
     return True
@@ -218,7 +218,7 @@ def check_writable(path: Path, *, timeout_s: float = LOCK_TIMEOUT_S) -> None:
         try:
             if path.is_dir():
                 raise IsADirectoryError(21, "it is a folder, need a file")
-            probe = _partial(path)
+            probe = partial_of(path)
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
@@ -254,24 +254,6 @@ def _locked(path: Path, timeout_s: float) -> Iterator[None]:
             except OSError as error:
                 raise _unwritable(path, error) from error
         yield  # closing the file frees the lock
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write the file so that it is either the old one or the new one; only under the lock."""
-    partial = _partial(path)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".partial-{path.name}")
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

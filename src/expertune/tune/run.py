@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from expertune.bench import timing
 from expertune.bench.cases import DEFAULT_RANK, DEFAULT_TOKENS, UNIFORM, Case, ExpertShape
 from expertune.bench.measure import describe_error, release_memory
 from expertune.bench.problem import draw_problem
-from expertune.bench.timing import CudaTimer, Timer
+from expertune.bench.timing import Timer
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
 from expertune.ops.records import gpu_facts
@@ -22,18 +23,12 @@ from expertune.tune.measure import CANDIDATES, KEEP_FROM, Outcome, StepOf, descr
 
 def find_gpu() -> tuple[torch.device, Timer]:
     """The device to measure on, and its timer; raises ConfigError if there is none, or no Triton."""
-    if not torch.cuda.is_available():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
-        raise ConfigError(
-            f"expertune tune needs an NVIDIA GPU, and this machine has none that torch can use (torch is built for "
-            f"{built}); `expertune doctor` says more"
-        )
-    device = torch.device("cuda", torch.cuda.current_device())
+    device, timer = timing.find_gpu("expertune tune")
     if this_machine(device) is None:
         raise ConfigError(
             "expertune tune needs the package triton, which is not installed; `expertune doctor` says more"
         )
-    return device, CudaTimer.calibrated()
+    return device, timer
 
 
 def cases_of(shape: ExpertShape, tokens: Sequence[int], ranks: Sequence[int]) -> list[Case]:

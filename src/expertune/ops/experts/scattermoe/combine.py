@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.ops.integers import cdiv
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher, cdiv
+from expertune.ops.triton_launch import Launcher
 
 BLOCK_COLUMNS = 1024
 

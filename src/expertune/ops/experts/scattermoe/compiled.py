@@ -19,13 +19,11 @@ from torch import Tensor
 
 from expertune.ops.experts.gates import Gate
 from expertune.ops.experts.scattermoe.halves import down_backward, down_forward, up_backward, up_forward
-from expertune.ops.experts.scattermoe.pack import MIN_RANK
 from expertune.ops.experts.scattermoe.products import Products, at_home, dense
-from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
+from expertune.ops.experts.scattermoe.tiling import LinearTile, pad_rank, pick_tile
 from expertune.ops.experts.torch_grouped import flatten_projection, scaling_of, unflatten_projection
 from expertune.ops.experts.types import Activation, ExpertProjection
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import next_power_of_2
 
 NO_GATE = ""
 TILE_FIELDS = [field.name for field in fields(LinearTile)]
@@ -233,7 +231,7 @@ def _empty_thin(rows_NX: Tensor, num_rows: int, lora_a_ERX: Tensor | None) -> Te
     """The fake of u: [S, R']."""
     if lora_a_ERX is None:
         return rows_NX.new_empty(0)
-    return rows_NX.new_empty(num_rows, max(MIN_RANK, next_power_of_2(int(lora_a_ERX.shape[1]))))
+    return rows_NX.new_empty(num_rows, pad_rank(int(lora_a_ERX.shape[1])))
 
 
 def _as_outputs(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Any:

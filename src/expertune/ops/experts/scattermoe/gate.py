@@ -18,8 +18,9 @@ from torch import Tensor
 
 from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.tiling import RowsTile
+from expertune.ops.integers import cdiv, next_power_of_2
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher, cdiv, next_power_of_2
+from expertune.ops.triton_launch import Launcher
 
 # One row a program, H200, S = 65536, I = 768: forward 71 us (256 columns, 4 warps: 123), backward 149 (1024, 4: 168).
 FORWARD = RowsTile(1, 1024, num_warps=2)

@@ -20,10 +20,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertune.ops.experts.scattermoe.launches import describe_linear
-from expertune.ops.experts.scattermoe.pack import MIN_RANK, PackedLora
-from expertune.ops.experts.scattermoe.tiles import RowTable
-from expertune.ops.experts.scattermoe.tiling import LinearTile
-from expertune.ops.triton_launch import Launcher, cdiv, has_descriptors, num_multiprocessors
+from expertune.ops.experts.scattermoe.pack import PackedLora
+from expertune.ops.experts.scattermoe.tiles import RowTable, load_entry, num_entries
+from expertune.ops.experts.scattermoe.tiling import MIN_RANK, LinearTile
+from expertune.ops.integers import cdiv
+from expertune.ops.triton_launch import Launcher, has_descriptors, num_multiprocessors
 
 GROUP_TILES = 8  # row tiles that share a column of W in L2; 4 and 16 are within noise of 8 on an H200
 BLOCK_RANK = 64  # a larger rank is multiplied in steps: 64 columns of B beside the main loop's buffers fill an SM
@@ -126,7 +127,7 @@ def _expert_linear_kernel(
     BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, STORES: tl.constexpr,
     GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    num_row_tiles = tl.load(tiles_ptr + 3 * tiles_capacity)
+    num_row_tiles = num_entries(tiles_ptr, tiles_capacity)
     num_column_tiles = tl.cdiv(num_out, BLOCK_Y)
     num_tiles = num_row_tiles * num_column_tiles
     step, first_tile = tl.num_programs(0), tl.program_id(0)
@@ -135,18 +136,14 @@ def _expert_linear_kernel(
     lanes = tl.arange(0, BLOCK_S)
 
     row_tile, first_column = _locate(first_tile, num_row_tiles, num_column_tiles, GROUP, BLOCK_Y)
-    expert = tl.load(tiles_ptr + row_tile)
-    first_row = tl.load(tiles_ptr + tiles_capacity + row_tile)
-    end_row = tl.load(tiles_ptr + 2 * tiles_capacity + row_tile)
+    expert, first_row, end_row = load_entry(tiles_ptr, tiles_capacity, row_tile)
     sources = first_row + lanes
     if GATHER:
         sources = tl.load(row_index_ptr + first_row + lanes, mask=first_row + lanes < end_row, other=0).to(tl.int32)
     next_row_tile, next_column = _locate(
         tl.minimum(first_tile + step, num_tiles - 1), num_row_tiles, num_column_tiles, GROUP, BLOCK_Y
     )
-    next_expert = tl.load(tiles_ptr + next_row_tile)
-    next_first_row = tl.load(tiles_ptr + tiles_capacity + next_row_tile)
-    next_end_row = tl.load(tiles_ptr + 2 * tiles_capacity + next_row_tile)
+    next_expert, next_first_row, next_end_row = load_entry(tiles_ptr, tiles_capacity, next_row_tile)
 
     for tile in tl.range(first_tile, num_tiles, step):
         next_sources = next_first_row + lanes
@@ -156,9 +153,7 @@ def _expert_linear_kernel(
         later_row_tile, later_column = _locate(
             tl.minimum(tile + 2 * step, num_tiles - 1), num_row_tiles, num_column_tiles, GROUP, BLOCK_Y
         )
-        later_expert = tl.load(tiles_ptr + later_row_tile)
-        later_first_row = tl.load(tiles_ptr + tiles_capacity + later_row_tile)
-        later_end_row = tl.load(tiles_ptr + 2 * tiles_capacity + later_row_tile)
+        later_expert, later_first_row, later_end_row = load_entry(tiles_ptr, tiles_capacity, later_row_tile)
 
         if HALVES and end_row - first_row <= BLOCK_S // 2:
             half_sources = first_row + tl.arange(0, BLOCK_S // 2)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from expertune.ops.experts.scattermoe.compiled import traced_expert_mlp
 from expertune.ops.experts.scattermoe.halves import down_backward, down_forward, up_backward, up_forward
-from expertune.ops.experts.scattermoe.products import Products, at_home
+from expertune.ops.experts.scattermoe.products import Products, at_home, check_devices, check_dtype, tensors_of
 from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
 from expertune.ops.experts.torch_grouped import (
     check_expert_mlp,
@@ -49,10 +49,9 @@ def scattermoe_expert_mlp(
     Adapter gradients are fp32 sums, stored in the adapters' dtype. Deterministic, also bit for bit.
     """
     check_expert_mlp(x_TH, weights_TK, plan, up, down)
-    _check_devices(x_TH, weights_TK, plan, up, down)
+    check_devices(x_TH, "x_TH", plan, weights_TK=weights_TK, **tensors_of("up", up), **tensors_of("down", down))
+    check_dtype("up.weight_EYX", up.weight_EYX)
     dtype = up.weight_EYX.dtype
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"up.weight_EYX: got {dtype}, need bfloat16, float16 or float32")
     if torch.compiler.is_compiling():
         return traced_expert_mlp(x_TH.to(dtype), weights_TK, plan, up, down, activation, tile).to(x_TH.dtype)
     tile = tile or pick_tile(plan.num_rows, plan.num_experts, dtype, x_TH.device)
@@ -104,18 +103,3 @@ class _ScatterMoE(torch.autograd.Function):
             )  # fmt: skip
             dx_TH, *grads_up = up_backward(products, x_TH, u1_SR, up, dh_SJ, (need_x, *need_flat[:4]))
         return None, dx_TH, dweights_TK, *grads_up, *grads_down
-
-
-def _check_devices(
-    x_TH: Tensor, weights_TK: Tensor, plan: ExpertPlan, up: ExpertProjection, down: ExpertProjection
-) -> None:
-    """A kernel that is given memory of another device reads garbage, or ends the process."""
-    tensors = {"weights_TK": weights_TK, "plan.row_fence_F": plan.row_fence_F}
-    for name, projection in (("up", up), ("down", down)):
-        if projection.bias_EY is not None:
-            tensors[f"{name}.bias_EY"] = projection.bias_EY
-        if projection.lora is not None:
-            tensors[f"{name}.lora.a_ERX"], tensors[f"{name}.lora.b_EYR"] = projection.lora.a_ERX, projection.lora.b_EYR
-    for name, tensor in tensors.items():
-        if tensor.device != x_TH.device:
-            raise ValueError(f"{name}: on {tensor.device}, x_TH is on {x_TH.device}")

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.ops.experts.scattermoe.tiling import pad_rank
 from expertune.ops.experts.types import ExpertLora
-from expertune.ops.triton_launch import Launcher, cdiv, next_power_of_2
+from expertune.ops.integers import cdiv, next_power_of_2
+from expertune.ops.triton_launch import Launcher
 
-MIN_RANK = 16
 BLOCK_VALUES = 8192  # of one program, in registers: 32 values for each of 256 threads
 BLOCK_EXPERTS = 32  # neighbours in PEFT's B: 128 bytes of fp32, one full line
 
@@ -76,7 +77,7 @@ _pack = Launcher(_pack_kernel)
 def pack_lora(lora: ExpertLora, dtype: torch.dtype) -> PackedLora:
     """Lay an adapter out for the kernels, in one launch; an adapter that lies so already is taken as it is."""
     (num_experts, rank, num_in), num_out = lora.a_ERX.shape, lora.b_EYR.shape[1]
-    padded = max(MIN_RANK, next_power_of_2(rank))
+    padded = pad_rank(rank)
     ready = rank == padded and lora.a_ERX.dtype == lora.b_EYR.dtype == dtype
     if ready and lora.a_ERX.is_contiguous() and lora.b_EYR.is_contiguous():
         return PackedLora(lora.a_ERX, lora.b_EYR, lora.scaling, rank)

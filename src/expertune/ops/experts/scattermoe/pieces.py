@@ -11,9 +11,9 @@ saves less between the two projections.
 Two forms of a projection with an adapter, equal up to rounding (`pick_form` is the rule):
     fused   two launches: u = A x, then W x with B (s u) as one more step in the same accumulator
     split   three products: W x, u = A x and B u, each rounded, then W x + s (B u)
-Ranks up to 256 run fused: u is one narrow column of tiles, and R' (R padded to a power of two) at most four steps of 64
-beside the in / 64 of the main loop. Beyond 256 u is a product as wide as others, wider than one tile, and its step no
-longer a few: three plain products keep each of them in the tile that suits it, for S out values more to read and write.
+Ranks up to 256 run fused: u is at most four narrow columns of tiles, and R' (R padded to a power of two) at most four
+steps of 64 beside the in / 64 of the main loop. Beyond 256 the steps are no longer few: three plain products keep the
+last one in the tile that suits it, for S out values more to read and write. Not measured.
 
 Saved for the backward: x (the caller's own), u, the routing weights and the plan. Deterministic, no atomics.
 """
@@ -27,21 +27,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.ops.experts.scattermoe.combine import combine
-from expertune.ops.experts.scattermoe.pack import MIN_RANK, pack_lora
-from expertune.ops.experts.scattermoe.products import Products, at_home, bias_part, dense, packed
+from expertune.ops.experts.scattermoe.pack import pack_lora
+from expertune.ops.experts.scattermoe.products import (
+    Products,
+    at_home,
+    bias_part,
+    check_devices,
+    check_dtype,
+    dense,
+    packed,
+    tensors_of,
+)
 from expertune.ops.experts.scattermoe.rows import launch_group_rows, launch_row_dots
 from expertune.ops.experts.scattermoe.sums import RowsOf
 from expertune.ops.experts.scattermoe.tiles import RowTables, build_row_tables
-from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
+from expertune.ops.experts.scattermoe.tiling import LinearTile, pad_rank, pick_tile
 from expertune.ops.experts.torch_grouped import flatten_projection, scaling_of, unflatten_projection
 from expertune.ops.experts.types import ExpertProjection
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import next_power_of_2
 
 Output = Literal["grouped", "scattered", "combined"]
 Form = Literal["auto", "fused", "split"]
-LARGEST_FUSED_RANK = 256  # also the widest tile that a tensor descriptor can copy
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_FUSED_RANK = 256
 
 
 def pick_form(rank: int) -> Form:
@@ -63,8 +70,8 @@ def group_rows(x_NH: Tensor, plan: ExpertPlan, *, coefficients_TK: Tensor | None
     if x_NH.shape[:-1] not in ((num_tokens,), (num_tokens, top_k)):
         need = f"[{num_tokens}, width] or [{num_tokens}, {top_k}, width]"
         raise ValueError(f"x_NH: got shape {tuple(x_NH.shape)}, need {need} (tokens and slots of the plan)")
-    _check_dtype("x_NH", x_NH)
-    _check_devices(x_NH, "x_NH", plan, coefficients_TK=coefficients_TK)
+    check_dtype("x_NH", x_NH)
+    check_devices(x_NH, "x_NH", plan, coefficients_TK=coefficients_TK)
     if coefficients_TK is not None:
         _check_slots("coefficients_TK", coefficients_TK, plan)
         coefficients_TK = coefficients_TK.contiguous()
@@ -111,7 +118,7 @@ def expert_linear(
         raise ValueError(f'weights_TK: got {what} with output="{output}"; "combined", and only that, needs them')
     if weights_TK is not None:
         _check_slots("weights_TK", weights_TK, plan)
-        _check_devices(x_NX, "x_NX", plan, weights_TK=weights_TK)
+        check_devices(x_NX, "x_NX", plan, weights_TK=weights_TK)
         weights_TK = weights_TK.contiguous()
     call = _make_call(projection, plan, form, tile, tables)
     x_NX = x_NX.to(projection.weight_EYX.dtype)
@@ -180,11 +187,11 @@ def expert_linear_adapter_grads(
     if lora is None:
         raise ValueError("projection.lora: got None, need an adapter")
     for name, thin_SR in (("u_SR", u_SR), ("v_SR", v_SR)):
-        need = (plan.num_rows, max(MIN_RANK, next_power_of_2(lora.rank)))
+        need = (plan.num_rows, pad_rank(lora.rank))
         if thin_SR is not None and (thin_SR.shape != need or thin_SR.dtype != dtype or not thin_SR.is_contiguous()):
             got = f"{tuple(thin_SR.shape)} {thin_SR.dtype}"
             raise ValueError(f"{name}: got {got}, need {need} {dtype}, contiguous (the padded rank)")
-    _check_devices(x_NX, "x_NX", plan, dout_NY=dout_NY, u_SR=u_SR, v_SR=v_SR, weights_TK=weights_TK)
+    check_devices(x_NX, "x_NX", plan, dout_NY=dout_NY, u_SR=u_SR, v_SR=v_SR, weights_TK=weights_TK)
     if weights_TK is not None:
         _check_slots("weights_TK", weights_TK, plan)
     call = _make_call(projection, plan, "auto", tile, tables)
@@ -325,7 +332,7 @@ def _check_linear(
 ) -> None:
     """Raise unless `rows` are as wide as dimension `width_dim` of the weight, one for each row or token of the plan."""
     projection.check("projection")
-    _check_dtype("projection.weight_EYX", projection.weight_EYX)
+    check_dtype("projection.weight_EYX", projection.weight_EYX)
     if projection.num_experts != plan.num_experts:
         raise ValueError(f"projection: got {projection.num_experts} experts, the plan has {plan.num_experts}")
     need = (plan.num_rows if grouped else plan.num_tokens, projection.weight_EYX.shape[width_dim])
@@ -334,24 +341,10 @@ def _check_linear(
         raise ValueError(f"{name}: got shape {tuple(rows.shape)}, need {need} ({what} of the projection)")
     if not rows.is_floating_point():
         raise ValueError(f"{name}: got dtype {rows.dtype}, need a floating-point tensor")
-    weight_EYX, bias_EY, a_ERX, b_EYR = flatten_projection(projection)
-    of_lora = {"projection.lora.a_ERX": a_ERX, "projection.lora.b_EYR": b_EYR}
-    of_base = {"projection.weight_EYX": weight_EYX, "projection.bias_EY": bias_EY}
-    _check_devices(rows, name, plan, **of_base, **of_lora)
+    check_devices(rows, name, plan, **tensors_of("projection", projection))
 
 
 def _check_slots(name: str, slots_TK: Tensor, plan: ExpertPlan) -> None:
     need = (plan.num_tokens, plan.top_k)
     if slots_TK.shape != need or not slots_TK.is_floating_point():
         raise ValueError(f"{name}: got {tuple(slots_TK.shape)} {slots_TK.dtype}, need {need} floating-point")
-
-
-def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, need bfloat16, float16 or float32")
-
-
-def _check_devices(rows: Tensor, rows_name: str, plan: ExpertPlan, **tensors: Tensor | None) -> None:
-    for name, tensor in {"plan": plan.row_fence_F, **tensors}.items():
-        if tensor is not None and tensor.device != rows.device:
-            raise ValueError(f"{name}: on {tensor.device}, {rows_name} is on {rows.device}")

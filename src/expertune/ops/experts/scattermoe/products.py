@@ -17,6 +17,8 @@ from expertune.ops.experts.torch_grouped import grouped_outer
 from expertune.ops.experts.types import ExpertLora, ExpertProjection
 from expertune.ops.plan import ExpertPlan
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @contextmanager
 def at_home(rows: Tensor) -> Iterator[None]:
@@ -158,3 +160,27 @@ def packed(projection: ExpertProjection) -> PackedLora | None:
 def dense(rows_NX: Tensor) -> Tensor:
     """Rows whose last dimension is dense, as the kernels load them."""
     return rows_NX if rows_NX.stride(-1) == 1 and rows_NX.stride(0) >= rows_NX.shape[1] else rows_NX.contiguous()
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the kernels know the dtype."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name}: got dtype {tensor.dtype}, need bfloat16, float16 or float32")
+
+
+def check_devices(rows: Tensor, rows_name: str, plan: ExpertPlan, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all are where `rows` is: a kernel reads garbage in another device's memory, or dies."""
+    for name, tensor in {"plan": plan.row_fence_F, **tensors}.items():
+        if tensor is not None and tensor.device != rows.device:
+            raise ValueError(f"{name}: on {tensor.device}, {rows_name} is on {rows.device}")
+
+
+def tensors_of(name: str, projection: ExpertProjection) -> dict[str, Tensor | None]:
+    """The tensors of a projection, by the names that errors give them."""
+    lora = projection.lora
+    return {
+        f"{name}.weight_EYX": projection.weight_EYX,
+        f"{name}.bias_EY": projection.bias_EY,
+        f"{name}.lora.a_ERX": None if lora is None else lora.a_ERX,
+        f"{name}.lora.b_EYR": None if lora is None else lora.b_EYR,
+    }

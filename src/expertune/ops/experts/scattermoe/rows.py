@@ -14,8 +14,9 @@ from torch import Tensor
 
 from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.tiling import RowsTile
+from expertune.ops.integers import cdiv, next_power_of_2
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher, cdiv, next_power_of_2
+from expertune.ops.triton_launch import Launcher
 
 TILE = RowsTile(1, 1024, num_warps=2)  # the tile of SwiGLU's forward, a kernel of the same kind; not tuned for these
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.linear import precision
-from expertune.ops.experts.scattermoe.tiles import RowTable
+from expertune.ops.experts.scattermoe.tiles import RowTable, load_entry, num_entries
 from expertune.ops.experts.scattermoe.tiling import RowsTile
+from expertune.ops.integers import cdiv
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher, cdiv
+from expertune.ops.triton_launch import Launcher
 
 THIN_TILE = RowsTile(32, 256, num_warps=4)  # H200: 53 us; 64 x 256 with 8 warps 58, 128 x 128 57 to 65
 WIDE_TILE = RowsTile(128, 128, num_warps=4)  # ranks from 64 on. H200, rank 64: 91 us; 64 x 128 115, 64 x 256 133
@@ -42,9 +43,7 @@ def is_last(counter_ptr, expected):
 @triton.jit
 def load_chunk(chunks_ptr, capacity, row_fence_ptr, chunk, CHUNK_S: tl.constexpr):
     """(expert, first row, end row, first chunk of the expert, number of its chunks)."""
-    expert = tl.load(chunks_ptr + chunk)
-    first_row = tl.load(chunks_ptr + capacity + chunk)
-    end_row = tl.load(chunks_ptr + 2 * capacity + chunk)
+    expert, first_row, end_row = load_entry(chunks_ptr, capacity, chunk)
     start, end = tl.load(row_fence_ptr + expert), tl.load(row_fence_ptr + expert + 1)
     first_chunk = chunk - (first_row - start) // CHUNK_S
     return expert, first_row, end_row, first_chunk, tl.maximum((end - start + CHUNK_S - 1) // CHUNK_S, 1)
@@ -95,7 +94,7 @@ def _expert_sum_kernel(
     BLOCK_R: tl.constexpr,
 ):
     block, chunk, num_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    if chunk >= tl.load(chunks_ptr + 3 * capacity):
+    if chunk >= num_entries(chunks_ptr, capacity):
         return
     expert, first_row, end_row, first_chunk, num_chunks = load_chunk(
         chunks_ptr, capacity, row_fence_ptr, chunk, CHUNK_S

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertune.ops.integers import next_power_of_2
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher, next_power_of_2
+from expertune.ops.triton_launch import Launcher
 
 CHUNK_ROWS = 1024  # rows of one expert that one program sums; an expert with more is shared among programs
 BLOCK_ENTRIES = 128  # entries of one expert written at a time
@@ -47,6 +48,21 @@ class RowTables:
 
     tiles: RowTable
     chunks: RowTable
+
+
+@triton.jit
+def num_entries(table_ptr, capacity):
+    """How many entries of a row table are used."""
+    return tl.load(table_ptr + 3 * capacity)
+
+
+@triton.jit
+def load_entry(table_ptr, capacity, entry):
+    """(expert, first row, end row) of an entry of a row table."""
+    expert = tl.load(table_ptr + entry)
+    first_row = tl.load(table_ptr + capacity + entry)
+    end_row = tl.load(table_ptr + 2 * capacity + entry)
+    return expert, first_row, end_row
 
 
 @triton.jit

@@ -9,8 +9,10 @@ from functools import cache
 
 import torch
 
+from expertune.ops.integers import next_power_of_2
 from expertune.ops.records import gpu_facts
 
+MIN_RANK = 16  # a tensor-core product takes no fewer
 _BARRIER_BYTES = 256  # of the pipeline, beside the buffers; 8 to 48 in what Triton 3.6 compiles
 
 
@@ -46,6 +48,11 @@ class LinearTile:
         result = self.rows * self.columns
         adapter_and_result = max(self.columns * 32 + result, self.columns * 64 + result // 2)
         return (operands + adapter_and_result) * item_bytes + _BARRIER_BYTES
+
+
+def pad_rank(rank: int) -> int:
+    """R', the rank as the kernels have it: padded with zeros to a power of two, from MIN_RANK on."""
+    return max(MIN_RANK, next_power_of_2(rank))
 
 
 @dataclass(frozen=True)
