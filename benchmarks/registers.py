@@ -31,21 +31,20 @@ DIVISIBLE_BY_16 = {*POINTERS, "stride_x", "num_in", "num_out", "stride_w_expert"
 
 def arguments(tile: LinearTile, rank: int, gather: bool, transposed: bool) -> tuple[dict[str, str], dict[str, Any]]:
     """(types of the runtime arguments, values of the constants) of one variant, without bias and scatter."""
-    stores = 2 if rank >= BLOCK_RANK else 1
     with_descriptors = tile.descriptors
     constants: dict[str, Any] = {
         "bias_ptr": None, "out_index_ptr": None, "stride_w_out" if transposed else "stride_w_in": 1, "stride_b_rank": 1,
         "X_DESCRIPTOR": with_descriptors and not gather, "W_DESCRIPTOR": with_descriptors,
         "OUT_DESCRIPTOR": with_descriptors, "GATHER": gather, "SCATTER": False, "HAS_BIAS": False, "RANK": rank,
         "TRANSPOSED": transposed, "DTYPE": tl.bfloat16, "PRECISION": "tf32", "BLOCK_S": tile.rows,
-        "BLOCK_Y": tile.columns, "BLOCK_X": tile.k_step, "BLOCK_R": min(rank, BLOCK_RANK), "STORES": stores,
-        "GROUP": GROUP_TILES, "HALVES": tile.halves,
+        "BLOCK_Y": tile.columns, "BLOCK_X": tile.k_step, "BLOCK_R": min(rank, BLOCK_RANK), "EVEN_K": True,
+        "GROUP": GROUP_TILES, "HALVES": tile.halves and (gather or not with_descriptors),
     }  # fmt: skip
     weight_block = [1, tile.k_step, tile.columns] if transposed else [1, tile.columns, tile.k_step]
     blocks = {
         "x_desc": [tile.rows, tile.k_step],
         "w_desc": weight_block,
-        "out_desc": [1, 1, tile.rows, tile.columns // stores],
+        "out_desc": [1, 1, tile.rows, tile.columns],
     }
     used = {"x_desc": not gather, "w_desc": True, "out_desc": True}
     types = {"scaling": "fp32", **POINTERS}

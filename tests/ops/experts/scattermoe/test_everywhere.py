@@ -312,17 +312,19 @@ def test_kernels_run_on_the_stream_of_the_caller() -> None:
 def test_a_cuda_graph_replays_forward_and_backward() -> None:
     static, other = make_problem(REAL, "cuda"), make_problem(replace(REAL, seed=1), "cuda")
     want = real_run(other)
-    leaves = list(static.leaves.values())
+    # Leaves that no earlier graph holds: a leaf's node in autograd keeps the stream it was made on, and to wait for
+    # that stream breaks the capture. PEFT's views are made anew in each step for the same reason.
+    static.leaves = {name: leaf.detach().requires_grad_() for name, leaf in static.leaves.items()}
+    leaves = static.leaves
 
     def step() -> tuple[Tensor, ...]:
-        # PEFT's views anew: a view made outside of the capture has its backward on the stream it was made on
         for name in ("up", "down"):
             projection = getattr(static, name)
-            a, b = static.leaves[f"{name}_lora_a"], static.leaves[f"{name}_lora_b"]
+            a, b = leaves[f"{name}_lora_a"], leaves[f"{name}_lora_b"]
             lora = lora_from_peft(a, b, REAL.experts, projection.lora.scaling)
             setattr(static, name, replace(projection, lora=lora))
-        y_TH = mlp(static, tile=None)
-        return y_TH.detach(), *torch.autograd.grad(y_TH, leaves, static.dy_TH)
+        y_TH = mlp(static, leaves["x"], leaves["weights"], tile=None)
+        return y_TH.detach(), *torch.autograd.grad(y_TH, list(leaves.values()), static.dy_TH)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -24,7 +24,7 @@ CASES = {
     "no adapter": Case(up_lora=False),
     "rank 1": Case(rank=1),
     "rank 3": Case(rank=3),
-    "rank 64, stores in halves": Case(rank=64),
+    "rank 64": Case(rank=64),
     "rank 130, several steps": Case(rank=130, tokens=20),
     "one token": Case(tokens=1),
     "every expert": Case(top_k=5),

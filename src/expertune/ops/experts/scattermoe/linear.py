@@ -54,7 +54,7 @@ def _tile(
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, OUT_DESCRIPTOR: tl.constexpr,
     SCATTER: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, STORES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     steps, ranks = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_R)
     rows = first_row + tl.arange(0, BLOCK_S)
@@ -69,13 +69,15 @@ def _tile(
             u = tl.load(u_ptrs, mask=in_rows[:, None], other=0.0)
             b = tl.load(b_ptrs, mask=in_columns[:, None], other=0.0)
 
+    if not X_DESCRIPTOR:
+        x_ptrs = x_ptr + sources.to(tl.int64)[:, None] * stride_x + steps[None, :]
     acc = tl.zeros((BLOCK_S, BLOCK_Y), dtype=tl.float32)
     for k in tl.range(0, num_in, BLOCK_X):
         if X_DESCRIPTOR:
             x = x_desc.load([first_row, k])
         else:
-            x_ptrs = x_ptr + sources.to(tl.int64)[:, None] * stride_x + (k + steps)[None, :]
-            x = tl.load(x_ptrs, mask=in_rows[:, None] & (k + steps < num_in)[None, :], other=0.0)
+            x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=(k + steps < num_in)[None, :], other=0.0)
+            x_ptrs += BLOCK_X  # an address computed anew in each step costs 4 %
         if not W_DESCRIPTOR:
             w_ptrs = w_ptr + expert.to(tl.int64) * stride_w_expert
             w_ptrs += (k + steps).to(tl.int64)[:, None] * stride_w_in + columns.to(tl.int64)[None, :] * stride_w_out
@@ -89,6 +91,8 @@ def _tile(
     if RANK > 0:
         if RANK == BLOCK_R:
             u = (u.to(tl.float32) * scaling).to(DTYPE)
+            # the mask once more: what is used as loaded goes to shared memory before the main loop, beside its buffers
+            b = tl.where(in_columns[:, None], b, 0.0)
             acc = tl.dot(u, b.T, acc, input_precision=PRECISION)
         else:
             for r in tl.range(0, RANK, BLOCK_R, num_stages=1):
@@ -103,13 +107,7 @@ def _tile(
     out = acc.to(DTYPE)
     if OUT_DESCRIPTOR:
         row = first_row - end_row + FAR
-        if STORES == 2:  # in halves: a smaller buffer on the way
-            low, high = tl.split(out.reshape(BLOCK_S, 2, BLOCK_Y // 2).permute(0, 2, 1))
-            out_desc.store([FAR, end_row, row, first_column], low.reshape(1, 1, BLOCK_S, BLOCK_Y // 2))
-            high_column = first_column + BLOCK_Y // 2
-            out_desc.store([FAR, end_row, row, high_column], high.reshape(1, 1, BLOCK_S, BLOCK_Y // 2))
-        else:
-            out_desc.store([FAR, end_row, row, first_column], out.reshape(1, 1, BLOCK_S, BLOCK_Y))
+        out_desc.store([FAR, end_row, row, first_column], out.reshape(1, 1, BLOCK_S, BLOCK_Y))
     else:
         targets = tl.load(out_index_ptr + rows, mask=in_rows, other=0) if SCATTER else rows
         out_ptrs = out_ptr + targets.to(tl.int64)[:, None] * num_out + columns[None, :]
@@ -124,7 +122,7 @@ def _expert_linear_kernel(
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, OUT_DESCRIPTOR: tl.constexpr, GATHER: tl.constexpr,
     SCATTER: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, STORES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
     GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     num_row_tiles = num_entries(tiles_ptr, tiles_capacity)
@@ -137,35 +135,32 @@ def _expert_linear_kernel(
 
     row_tile, first_column = _locate(first_tile, num_row_tiles, num_column_tiles, GROUP, BLOCK_Y)
     expert, first_row, end_row = load_entry(tiles_ptr, tiles_capacity, row_tile)
-    sources = first_row + lanes
+    sources = tl.minimum(first_row + lanes, end_row - 1)  # past the end: the last row again, not stored
     if GATHER:
-        sources = tl.load(row_index_ptr + first_row + lanes, mask=first_row + lanes < end_row, other=0).to(tl.int32)
+        sources = tl.load(row_index_ptr + sources).to(tl.int32)
     next_row_tile, next_column = _locate(
         tl.minimum(first_tile + step, num_tiles - 1), num_row_tiles, num_column_tiles, GROUP, BLOCK_Y
     )
     next_expert, next_first_row, next_end_row = load_entry(tiles_ptr, tiles_capacity, next_row_tile)
 
     for tile in tl.range(first_tile, num_tiles, step):
-        next_sources = next_first_row + lanes
+        next_sources = tl.minimum(next_first_row + lanes, next_end_row - 1)
         if GATHER:
-            in_next = next_first_row + lanes < next_end_row
-            next_sources = tl.load(row_index_ptr + next_first_row + lanes, mask=in_next, other=0).to(tl.int32)
+            next_sources = tl.load(row_index_ptr + next_sources).to(tl.int32)
         later_row_tile, later_column = _locate(
             tl.minimum(tile + 2 * step, num_tiles - 1), num_row_tiles, num_column_tiles, GROUP, BLOCK_Y
         )
         later_expert, later_first_row, later_end_row = load_entry(tiles_ptr, tiles_capacity, later_row_tile)
 
         if HALVES and end_row - first_row <= BLOCK_S // 2:
-            half_sources = first_row + tl.arange(0, BLOCK_S // 2)
-            if GATHER:
-                half_sources = tl.sum(sources.reshape(2, BLOCK_S // 2), axis=0)  # the other half is zero
+            half_sources, _ = tl.split(sources.reshape(2, BLOCK_S // 2).trans())
             _tile(
                 x_ptr, x_desc, stride_x, w_ptr, w_desc, stride_w_expert, stride_w_out, stride_w_in,
                 u_ptr, lora_b_ptr, stride_b_expert, stride_b_out, stride_b_rank, scaling, bias_ptr,
                 out_ptr, out_desc, out_index_ptr, num_in, num_out,
                 expert, first_row, end_row, first_column, half_sources,
                 False, W_DESCRIPTOR, False, SCATTER, HAS_BIAS, RANK, TRANSPOSED, DTYPE, PRECISION,
-                BLOCK_S // 2, BLOCK_Y, BLOCK_X, BLOCK_R, 1,
+                BLOCK_S // 2, BLOCK_Y, BLOCK_X, BLOCK_R, EVEN_K,
             )  # fmt: skip
         else:
             _tile(
@@ -174,7 +169,7 @@ def _expert_linear_kernel(
                 out_ptr, out_desc, out_index_ptr, num_in, num_out,
                 expert, first_row, end_row, first_column, sources,
                 X_DESCRIPTOR, W_DESCRIPTOR, OUT_DESCRIPTOR, SCATTER, HAS_BIAS, RANK, TRANSPOSED, DTYPE,
-                PRECISION, BLOCK_S, BLOCK_Y, BLOCK_X, BLOCK_R, STORES,
+                PRECISION, BLOCK_S, BLOCK_Y, BLOCK_X, BLOCK_R, EVEN_K,
             )  # fmt: skip
 
         expert, first_row, end_row = next_expert, next_first_row, next_end_row
@@ -209,7 +204,6 @@ def launch_expert_linear(
     transposed = strides[2] != 1
     may = tile.descriptors and num_rows > 0 and has_descriptors(device)
     x_desc = w_desc = out_desc = None
-    stores = 2 if rank >= BLOCK_RANK else 1
     if may:
         stored = weight_EYX.transpose(1, 2) if transposed else weight_EYX
         if fits_descriptor(stored):
@@ -218,7 +212,7 @@ def launch_expert_linear(
         if row_index_S is None and fits_descriptor(x_NX):
             x_desc = TensorDescriptor(x_NX, x_NX.shape, x_NX.stride(), [tile.rows, tile.k_step])
         if out_index_S is None and fits_descriptor(out_SY):
-            out_desc = _clipped_descriptor(out_SY, [tile.rows, tile.columns // stores])
+            out_desc = _clipped_descriptor(out_SY, [tile.rows, tile.columns])
     _expert_linear(
         (_num_programs(device, tiles, num_out, tile),),
         x_NX, x_desc, x_NX.stride(0), row_index_S, weight_EYX, w_desc, *strides,
@@ -226,7 +220,8 @@ def launch_expert_linear(
         out_SY, out_desc, out_index_S, tiles.entries_4M, tiles.capacity, num_in, num_out,
         x_desc is not None, w_desc is not None, out_desc is not None, row_index_S is not None,
         out_index_S is not None, bias_EY is not None, rank, transposed, TRITON_DTYPES[dtype], precision(x_NX),
-        tile.rows, tile.columns, tile.k_step, max(MIN_RANK, min(rank, BLOCK_RANK)), stores, GROUP_TILES, tile.halves,
+        tile.rows, tile.columns, tile.k_step, max(MIN_RANK, min(rank, BLOCK_RANK)), num_in % tile.k_step == 0,
+        GROUP_TILES, tile.halves and x_desc is None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out_SY

@@ -22,7 +22,7 @@ class LinearTile:
 
     rows x columns of the result, k_step along the sum; num_warps, num_stages: Triton's. programs_per_sm: persistent
     programs on each multiprocessor. descriptors: whether tensor descriptors may be used where operands are aligned.
-    halves: whether a row tile that is at most half full is computed as half a tile.
+    halves: whether a tile of gathered rows that is at most half full is computed as half a tile.
     """
 
     rows: int = 128
@@ -38,16 +38,14 @@ class LinearTile:
         """The shared memory that a program needs at most, with an adapter of any rank.
 
             num_stages (rows + columns) k_step b        the operands on their way, b = item_bytes
-            + columns min(R, 64) b                      the adapter's B, read ahead of the main loop
-            + rows columns b (half from R = 64 on)      the result on its way to a descriptor's store
+            or, after them, (rows + columns) 64 b       those of the adapter's step, where they are more
+            + rows columns b                            the result on its way to a descriptor's store
 
-        and the worst rank is 32 or 64. What Triton 3.6 compiles for Hopper and Blackwell (sm_90, sm_100) in 16 bits is
-        this to within the barriers; sm_80, sm_86, sm_89 and sm_120 need less: fewer stages, and buffers that share.
+        What Triton 3.6 compiles for Hopper and Blackwell (sm_90, sm_100) in 16 bits is this to within the barriers;
+        sm_80, sm_86, sm_89 and sm_120 need less: fewer stages, and buffers that share.
         """
-        operands = self.num_stages * (self.rows + self.columns) * self.k_step
-        result = self.rows * self.columns
-        adapter_and_result = max(self.columns * 32 + result, self.columns * 64 + result // 2)
-        return (operands + adapter_and_result) * item_bytes + _BARRIER_BYTES
+        operands = (self.rows + self.columns) * max(self.num_stages * self.k_step, 64)
+        return (operands + self.rows * self.columns) * item_bytes + _BARRIER_BYTES
 
 
 def pad_rank(rank: int) -> int:
@@ -71,7 +69,7 @@ class TileRow:
 
     capability: the GPU's, from this on. item_bytes: of the dtype, 2 (bf16, fp16) or 4 (fp32). tile: what to run.
     measured: where that comes from: GPU, model, figures; or that it is not measured.
-    max_rows_per_expert: the mean, up to and including this; None for any. min_experts: at least so many.
+    max_rows_per_expert: the mean, up to and including this; None for any.
     """
 
     capability: tuple[int, int]
@@ -79,12 +77,11 @@ class TileRow:
     tile: LinearTile
     measured: str
     max_rows_per_expert: int | None = None
-    min_experts: int = 1
 
     def covers(self, num_rows: int, num_experts: int) -> bool:
         """Whether a call is of this row's shape class."""
         most = self.max_rows_per_expert
-        return num_experts >= self.min_experts and (most is None or num_rows <= most * num_experts)
+        return most is None or num_rows <= most * num_experts
 
 
 TILES = (
@@ -93,26 +90,17 @@ TILES = (
         2,
         LinearTile(halves=True),
         "H200, bf16, rank 16. A step of 64 rows per expert (Qwen3-30B-A3B, 1024 tokens): 1.017 ms, 64x256 1.022, "
-        "64x128 1.04 to 1.17. With and without halves, 8192 tokens: Qwen3-30B-A3B 2.93 and 2.94 ms, Qwen3.5-35B-A3B "
-        "2.53 and 2.58, GLM-4.5-Air 9.20 and 9.11, again 9.29 and 9.34",
-        max_rows_per_expert=1024,
+        "64x128 1.04 to 1.17",
+        max_rows_per_expert=128,
     ),
     TileRow(
         (9, 0),
         2,
         LinearTile(halves=True),
-        "H200, bf16, rank 16, 2048 rows per expert, with and without halves: Qwen3-30B-A3B (128 experts, 32768 tokens) "
-        "11.41 and 11.75 ms; where 8 experts have as many rows they lose, see the next row",
-        max_rows_per_expert=2048,
-        min_experts=64,
-    ),
-    TileRow(
-        (9, 0),
-        2,
-        LinearTile(),
-        "H200, bf16, rank 16. Qwen3-30B-A3B, 8192 tokens, four products 2264 us; the up projection 746 us, 64x256 "
-        "twice on a multiprocessor 936, 128x128 1192, 256x128 982, k_step 32 with 5 or 6 stages 757 to 779. "
-        "Mixtral-8x7B (8 experts, 2048 rows each): 18.89 ms, with halves 19.15",
+        "H200, bf16, rank 16. Qwen3-30B-A3B, 8192 tokens: the up projection 746 us, 64x256 twice on a multiprocessor "
+        "936, 128x128 1192, 256x128 982, k_step 32 with 5 or 6 stages 757 to 779; the two gathered products with and "
+        "without halves: Qwen3-30B-A3B 1020 and 1052 us, GLM-4.5-Air 3855 and 3881, gpt-oss-20b 2439 and 2468, "
+        "Mixtral-8x7B 8614 and 8748",
     ),
     TileRow(
         (8, 0),
