@@ -77,8 +77,8 @@ COMPILED = [
     (LinearTile(rows=64), 2, 32, 155672),
     (LinearTile(rows=64, columns=128, num_stages=4), 2, 64, 114720),
     (LinearTile(rows=256, columns=128), 2, 16, 213016),
-    (LinearTile(rows=64, columns=64, k_step=32), 4, 16, 61456),
-    (LinearTile(rows=32, columns=32, k_step=32, num_stages=2), 4, 64, 22536),
+    (LinearTile(rows=64, columns=64, k_step=32), 4, 16, 57360),
+    (LinearTile(rows=32, columns=32, k_step=32, num_stages=2), 4, 64, 20480),
 ]
 
 
