@@ -37,8 +37,8 @@ def arguments(tile: LinearTile, rank: int, gather: bool, transposed: bool) -> tu
         "X_DESCRIPTOR": with_descriptors and not gather, "W_DESCRIPTOR": with_descriptors,
         "OUT_DESCRIPTOR": with_descriptors, "GATHER": gather, "SCATTER": False, "HAS_BIAS": False, "RANK": rank,
         "TRANSPOSED": transposed, "DTYPE": tl.bfloat16, "PRECISION": "tf32", "BLOCK_S": tile.rows,
-        "BLOCK_Y": tile.columns, "BLOCK_X": tile.k_step, "BLOCK_R": min(rank, BLOCK_RANK), "EVEN_K": True,
-        "GROUP": GROUP_TILES, "HALVES": tile.halves and (gather or not with_descriptors),
+        "BLOCK_Y": tile.columns, "BLOCK_X": tile.k_step, "BLOCK_R": min(rank, BLOCK_RANK), "WHOLE": True,
+        "GROUP": GROUP_TILES, "HALVES": tile.halves,
     }  # fmt: skip
     weight_block = [1, tile.k_step, tile.columns] if transposed else [1, tile.columns, tile.k_step]
     blocks = {

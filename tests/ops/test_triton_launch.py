@@ -1,5 +1,10 @@
 """A launcher goes to the kernel that was compiled for exactly such arguments."""
 
+import ast
+import inspect
+import pkgutil
+import textwrap
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -7,10 +12,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from expertune import ops
 from expertune.ops.integers import cdiv, next_power_of_2
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, compile_only, has_descriptors
 
 
 @triton.jit
@@ -20,18 +27,26 @@ def _scale_kernel(x_ptr, out_ptr, number, count, FACTOR: tl.constexpr, BLOCK: tl
     tl.store(out_ptr + places, x * number * FACTOR, mask=places < count)
 
 
-class Recorded:
-    """Stands in for a compiled kernel function: what was compiled, and what was launched of it."""
+def _linear_like(x_ptr, capacity, num_in, BLOCK: tl.constexpr):
+    """Only declared."""
 
-    def __init__(self) -> None:
-        self.params = [type("Parameter", (), {"is_constexpr": constant}) for constant in (False, False, True)]
+
+class Recorded:
+    """Stands in for a kernel function `(x, number, CONSTANT)`: what was compiled, and what was launched of it."""
+
+    def __init__(self, *, specialize: bool = True) -> None:
+        self.params = [
+            type("Parameter", (), {"is_constexpr": constant, "do_not_specialize": not specialize})
+            for constant in (False, False, True)
+        ]
         self.compiled: list[dict[str, int]] = []
+        self.warmed_up: list[tuple[Any, ...]] = []
         self.launched: list[tuple[int, tuple[int, ...], tuple[Any, ...]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_and_launch(*args: Any, **options: int) -> Any:
             number = len(self.compiled)
-            self.compiled.append(options)
+            self.compiled.append({name: value for name, value in options.items() if name != "launch_pdl"})
 
             class Compiled:
                 def __getitem__(_, grid: tuple[int, ...]) -> Any:
@@ -41,10 +56,28 @@ class Recorded:
 
         return compile_and_launch
 
+    def warmup(self, *args: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **_: bool) -> None:
+        self.warmed_up.append((*args, num_warps, num_stages))
 
-def launches(*calls: tuple[Any, ...], **options: Any) -> int:
+
+def test_every_kernel_waits_for_those_before_it_first() -> None:
+    names = [module.name for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")]
+    launchers = {
+        f"{module}.{name}": value
+        for module in names
+        for name, value in vars(import_module(module)).items()
+        if isinstance(value, Launcher)
+    }
+    assert len(launchers) >= 12
+    for name, launcher in launchers.items():
+        function = ast.parse(textwrap.dedent(inspect.getsource(launcher.kernel.fn))).body[0]
+        assert isinstance(function, ast.FunctionDef)
+        assert ast.unparse(function.body[0]) == "wait_for_earlier_kernels()", name
+
+
+def launches(*calls: tuple[Any, ...], specialize: bool = True, **options: Any) -> int:
     """How many kernels these calls compile."""
-    kernel = Recorded()
+    kernel = Recorded(specialize=specialize)
     launcher = Launcher(kernel)
     with patch("torch.cuda.current_device", lambda: 0):
         for call in calls:
@@ -74,6 +107,96 @@ def test_what_it_does_not_specialise_on_is_the_same_kernel() -> None:
     assert launches((X, 33, True), (X, 7, True), (X, -5, True)) == 1
     blocks = [TensorDescriptor(X.view(8, 8), [8, 8], [8, 1], [rows, 8]) for rows in (4, 4, 8)]
     assert launches(*((block, 1, True) for block in blocks)) == 2
+
+
+def test_a_general_parameter_has_one_kernel_for_all_its_values() -> None:
+    general = {"specialize": False}
+    assert launches((X, 32, True), (X[1:], 1, True), (X, 48, True), (X, 49, True), **general) == 1
+    assert launches((X, 32, True), (X, 2**31, True), (X, 2**31 + 1, True), **general) == 2, "64 bits are another type"
+    assert launches((X, 32, True), (X.bfloat16(), 32, True), (None, 32, True), (X, 0.5, True), **general) == 4
+    assert launches((X, 32, True), (X, 32, False), **general) == 2
+
+
+def test_a_general_parameter_as_triton_declares_it() -> None:
+    declared = JITFunction(_linear_like, do_not_specialize=["capacity"])
+    launcher = Launcher(declared)
+    with patch("torch.cuda.current_device", lambda: 0):
+        keys = {
+            (capacity, num_in): launcher._key((X, capacity, num_in, 16), 4, 3)
+            for capacity in (1, 48, 49, 2**31) for num_in in (64, 65)
+        }  # fmt: skip
+    assert keys[48, 64] == keys[49, 64] == keys[1, 64]
+    assert keys[48, 64] != keys[48, 65]
+    assert keys[48, 64] != keys[2**31, 64]
+
+
+def test_compile_only_compiles_what_is_not_compiled_and_launches_nothing() -> None:
+    kernel = Recorded()
+    launcher = Launcher(kernel)
+    with patch("torch.cuda.current_device", lambda: 0):
+        launcher((2,), X, 32, True)
+        with compile_only():
+            launcher((2,), X.to("meta"), 48, True)
+            launcher((2,), X.to("meta"), 7, True, num_warps=8)
+        assert kernel.launched == []
+        assert [(number, *rest) for _, number, *rest in kernel.warmed_up] == [(7, True, 8, 3)]
+        launcher((2,), X, 48, True)
+    assert len(kernel.compiled) == len(kernel.launched) == 1
+
+
+def test_compile_only_ends_with_an_error() -> None:
+    launcher = Launcher(kernel := Recorded())
+    with patch("torch.cuda.current_device", lambda: 0):
+        with pytest.raises(KeyError), compile_only():
+            raise KeyError
+        launcher((2,), X, 32, True)
+    assert len(kernel.compiled) == 1
+
+
+def test_compile_only_without_tritons_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(triton, "AsyncCompileMode")
+    launcher = Launcher(kernel := Recorded())
+    with patch("torch.cuda.current_device", lambda: 0), compile_only():
+        launcher((2,), X, 32, True)
+    assert len(kernel.warmed_up) == 1
+    assert kernel.compiled == []
+
+
+def test_the_interpreter_has_nothing_to_compile() -> None:
+    class Interpreted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            raise AssertionError("launched")
+
+    with compile_only():
+        Launcher(Interpreted())((2,), X, 32, True)
+
+
+@pytest.mark.parametrize(("capability", "has"), [((8, 0), False), ((9, 0), True), ((12, 0), True)])
+def test_a_tensor_on_meta_stands_for_one_on_the_current_gpu(capability: tuple[int, int], has: bool) -> None:
+    device = 100 + capability[0]  # answers are kept: a device that no other test asks for
+    with (
+        patch("torch.cuda.current_device", lambda: device),
+        patch("torch.cuda.get_device_capability", {torch.device("cuda", device): capability}.__getitem__),
+    ):
+        assert has_descriptors(torch.device("meta")) == has
+    assert has_descriptors(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_what_is_compiled_ahead_is_not_compiled_by_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_hand: list[bool] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda *, is_manual_warmup, **_: by_hand.append(is_manual_warmup)
+    )
+    launcher, x = Launcher(_scale_kernel), torch.randn(64, device="cuda")
+    with compile_only():
+        for factor in (7, 9):
+            launcher((2,), x.to("meta"), x.to("meta"), 3, 64, factor, 32)
+    assert by_hand == [True, True]
+    for factor in (7, 9):
+        launcher((2,), x, out := torch.empty_like(x), 3, 64, factor, 32)
+        torch.testing.assert_close(out, x * 3 * factor)
+    assert by_hand == [True, True]
 
 
 def test_warps_stages_and_device_are_part_of_it() -> None:

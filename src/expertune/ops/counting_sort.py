@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 MAX_BLOCKS = 128  # of slots: each reads the counts of all, so their number is bounded and their size grows
 TILE = 128  # slots compared with each other at once
@@ -37,10 +37,11 @@ def _load_bins(ids_ptr, slots, num_slots, num_experts):  # type: ignore[no-untyp
     return tl.where(slots < num_slots, ids, num_experts + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _count_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, counts_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     block = tl.program_id(0)
     counts = tl.zeros((BINS,), dtype=tl.int32)
     for first in tl.range(0, slots_per_block, TILE):
@@ -49,12 +50,13 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_of_slot_ptr", "num_slots", "num_blocks"])
 def _place_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, counts_ptr, slot_of_row_ptr, row_of_slot_ptr, token_of_row_ptr, row_fence_ptr,
     num_slots, num_experts, top_k, slots_per_block, num_blocks,
     BINS: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     block = tl.program_id(0)
     bins, lanes = tl.arange(0, BINS), tl.arange(0, TILE)
     before, total = tl.zeros((BINS,), dtype=tl.int32), tl.zeros((BINS,), dtype=tl.int32)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from expertune.ops.integers import cdiv
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 BLOCK_COLUMNS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_of_slot_ptr"])  # aligned only if the number of slots is even
 def _combine_kernel(
     z_ptr,
     row_of_slot_ptr,
@@ -27,6 +27,7 @@ def _combine_kernel(
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row_end = tl.load(row_fence_ptr + num_experts)

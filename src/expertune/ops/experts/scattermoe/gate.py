@@ -20,7 +20,7 @@ from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.tiling import RowsTile
 from expertune.ops.integers import cdiv, next_power_of_2
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 # One row a program, H200, S = 65536, I = 768: forward 71 us (256 columns, 4 warps: 123), backward 149 (1024, 4: 168).
 FORWARD = RowsTile(1, 1024, num_warps=2)
@@ -29,6 +29,7 @@ BACKWARD = RowsTile(1, 256, num_warps=1)
 
 @triton.jit(launch_metadata=describe_rows("swiglu", "width"))
 def _swiglu_kernel(h_ptr, a_ptr, row_fence_ptr, num_experts, width, BLOCK_I: tl.constexpr):
+    wait_for_earlier_kernels()
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = columns < tl.where(row < tl.load(row_fence_ptr + num_experts), width, 0)  # nothing of a sentinel row
@@ -58,6 +59,7 @@ def _swiglu_backward_kernel(
     h_ptr, da_ptr, p_ptr, dh_ptr, a_ptr, slot_of_row_ptr, dweights_ptr, row_fence_ptr, num_experts, width,
     WRITE_A: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     row = tl.program_id(0)
     if row >= tl.load(row_fence_ptr + num_experts):
         return  # a sentinel row

@@ -24,7 +24,7 @@ from expertune.ops.experts.scattermoe.pack import PackedLora
 from expertune.ops.experts.scattermoe.tiles import RowTable, load_entry, num_entries
 from expertune.ops.experts.scattermoe.tiling import MIN_RANK, LinearTile
 from expertune.ops.integers import cdiv
-from expertune.ops.triton_launch import Launcher, has_descriptors, num_multiprocessors
+from expertune.ops.triton_launch import Launcher, has_descriptors, num_multiprocessors, wait_for_earlier_kernels
 
 GROUP_TILES = 8  # row tiles that share a column of W in L2; 4 and 16 are within noise of 8 on an H200
 BLOCK_RANK = 64  # a larger rank is multiplied in steps: 64 columns of B beside the main loop's buffers fill an SM
@@ -54,7 +54,7 @@ def _tile(
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, OUT_DESCRIPTOR: tl.constexpr,
     SCATTER: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     steps, ranks = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_R)
     rows = first_row + tl.arange(0, BLOCK_S)
@@ -70,14 +70,19 @@ def _tile(
             b = tl.load(b_ptrs, mask=in_columns[:, None], other=0.0)
 
     if not X_DESCRIPTOR:
-        x_ptrs = x_ptr + sources.to(tl.int64)[:, None] * stride_x + steps[None, :]
+        x_row_ptrs = x_ptr + sources.to(tl.int64)[:, None] * stride_x
+        x_ptrs = x_row_ptrs + steps[None, :]
     acc = tl.zeros((BLOCK_S, BLOCK_Y), dtype=tl.float32)
     for k in tl.range(0, num_in, BLOCK_X):
         if X_DESCRIPTOR:
             x = x_desc.load([first_row, k])
         else:
-            x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=(k + steps < num_in)[None, :], other=0.0)
-            x_ptrs += BLOCK_X  # an address computed anew in each step costs 4 %
+            if WHOLE:  # a mask, or an address computed anew in each step, costs a wide tile 4 %
+                x = tl.load(x_ptrs)
+                x_ptrs += BLOCK_X
+            else:  # rows that are not loaded make a half or a narrow tile faster: loads bound it
+                mask = in_rows[:, None] & (k + steps < num_in)[None, :]
+                x = tl.load(x_row_ptrs + (k + steps)[None, :], mask=mask, other=0.0)
         if not W_DESCRIPTOR:
             w_ptrs = w_ptr + expert.to(tl.int64) * stride_w_expert
             w_ptrs += (k + steps).to(tl.int64)[:, None] * stride_w_in + columns.to(tl.int64)[None, :] * stride_w_out
@@ -114,7 +119,7 @@ def _tile(
         tl.store(out_ptrs, out, mask=in_rows[:, None] & in_columns[None, :])
 
 
-@triton.jit(launch_metadata=describe_linear)
+@triton.jit(launch_metadata=describe_linear, do_not_specialize=["tiles_capacity"])
 def _expert_linear_kernel(
     x_ptr, x_desc, stride_x, row_index_ptr, w_ptr, w_desc, stride_w_expert, stride_w_out, stride_w_in,
     u_ptr, lora_b_ptr, stride_b_expert, stride_b_out, stride_b_rank, scaling, bias_ptr,
@@ -122,9 +127,10 @@ def _expert_linear_kernel(
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, OUT_DESCRIPTOR: tl.constexpr, GATHER: tl.constexpr,
     SCATTER: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE: tl.constexpr,
     GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     num_row_tiles = num_entries(tiles_ptr, tiles_capacity)
     num_column_tiles = tl.cdiv(num_out, BLOCK_Y)
     num_tiles = num_row_tiles * num_column_tiles
@@ -135,7 +141,7 @@ def _expert_linear_kernel(
 
     row_tile, first_column = _locate(first_tile, num_row_tiles, num_column_tiles, GROUP, BLOCK_Y)
     expert, first_row, end_row = load_entry(tiles_ptr, tiles_capacity, row_tile)
-    sources = tl.minimum(first_row + lanes, end_row - 1)  # past the end: the last row again, not stored
+    sources = first_row + lanes % (end_row - first_row)  # past the end: rows of the tile once more, not stored
     if GATHER:
         sources = tl.load(row_index_ptr + sources).to(tl.int32)
     next_row_tile, next_column = _locate(
@@ -144,7 +150,7 @@ def _expert_linear_kernel(
     next_expert, next_first_row, next_end_row = load_entry(tiles_ptr, tiles_capacity, next_row_tile)
 
     for tile in tl.range(first_tile, num_tiles, step):
-        next_sources = tl.minimum(next_first_row + lanes, next_end_row - 1)
+        next_sources = next_first_row + lanes % (next_end_row - next_first_row)
         if GATHER:
             next_sources = tl.load(row_index_ptr + next_sources).to(tl.int32)
         later_row_tile, later_column = _locate(
@@ -160,7 +166,7 @@ def _expert_linear_kernel(
                 out_ptr, out_desc, out_index_ptr, num_in, num_out,
                 expert, first_row, end_row, first_column, half_sources,
                 False, W_DESCRIPTOR, False, SCATTER, HAS_BIAS, RANK, TRANSPOSED, DTYPE, PRECISION,
-                BLOCK_S // 2, BLOCK_Y, BLOCK_X, BLOCK_R, EVEN_K,
+                BLOCK_S // 2, BLOCK_Y, BLOCK_X, BLOCK_R, False,
             )  # fmt: skip
         else:
             _tile(
@@ -169,7 +175,7 @@ def _expert_linear_kernel(
                 out_ptr, out_desc, out_index_ptr, num_in, num_out,
                 expert, first_row, end_row, first_column, sources,
                 X_DESCRIPTOR, W_DESCRIPTOR, OUT_DESCRIPTOR, SCATTER, HAS_BIAS, RANK, TRANSPOSED, DTYPE,
-                PRECISION, BLOCK_S, BLOCK_Y, BLOCK_X, BLOCK_R, EVEN_K,
+                PRECISION, BLOCK_S, BLOCK_Y, BLOCK_X, BLOCK_R, WHOLE,
             )  # fmt: skip
 
         expert, first_row, end_row = next_expert, next_first_row, next_end_row
@@ -220,8 +226,8 @@ def launch_expert_linear(
         out_SY, out_desc, out_index_S, tiles.entries_4M, tiles.capacity, num_in, num_out,
         x_desc is not None, w_desc is not None, out_desc is not None, row_index_S is not None,
         out_index_S is not None, bias_EY is not None, rank, transposed, TRITON_DTYPES[dtype], precision(x_NX),
-        tile.rows, tile.columns, tile.k_step, max(MIN_RANK, min(rank, BLOCK_RANK)), num_in % tile.k_step == 0,
-        GROUP_TILES, tile.halves and x_desc is None,
+        tile.rows, tile.columns, tile.k_step, max(MIN_RANK, min(rank, BLOCK_RANK)),
+        tile.columns > BLOCK_RANK and num_in % tile.k_step == 0, GROUP_TILES, tile.halves,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out_SY

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from expertune.ops.experts.scattermoe.ahead import compile_ahead
 from expertune.ops.experts.scattermoe.compiled import traced_expert_mlp
 from expertune.ops.experts.scattermoe.halves import down_backward, down_forward, up_backward, up_forward
 from expertune.ops.experts.scattermoe.products import Products, at_home, check_devices, check_dtype, tensors_of
@@ -56,10 +57,10 @@ def scattermoe_expert_mlp(
         return traced_expert_mlp(x_TH.to(dtype), weights_TK, plan, up, down, activation, tile).to(x_TH.dtype)
     tile = tile or pick_tile(plan.num_rows, plan.num_experts, dtype, x_TH.device)
     options = _Options(plan, activation, (scaling_of(up), scaling_of(down)), tile)
-    y_TH = _ScatterMoE.apply(
-        options, x_TH.to(dtype), weights_TK.contiguous(), *flatten_projection(up), *flatten_projection(down)
-    )
-    return y_TH.to(x_TH.dtype)
+    tensors = (x_TH.to(dtype), weights_TK.contiguous(), *flatten_projection(up), *flatten_projection(down))
+    if x_TH.is_cuda:
+        compile_ahead(tensors, activation, tile)
+    return _ScatterMoE.apply(options, *tensors).to(x_TH.dtype)
 
 
 @dataclass(frozen=True)

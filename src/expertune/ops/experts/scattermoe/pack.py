@@ -15,7 +15,7 @@ from torch import Tensor
 from expertune.ops.experts.scattermoe.tiling import pad_rank
 from expertune.ops.experts.types import ExpertLora
 from expertune.ops.integers import cdiv, next_power_of_2
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 BLOCK_VALUES = 8192  # of one program, in registers: 32 values for each of 256 threads
 BLOCK_EXPERTS = 32  # neighbours in PEFT's B: 128 bytes of fp32, one full line
@@ -58,6 +58,7 @@ def _pack_kernel(
     programs_a, num_experts, num_in, num_out, rank,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Y: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     program = tl.program_id(0)
     if program < programs_a:
         _copy_block(
@@ -99,6 +100,7 @@ def _lay_out_kernel(
     source_ptr, stride_0, stride_1, stride_2, target_ptr, target_0, target_1, target_2, num_0, num_1, num_2,
     BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     _copy_block(
         source_ptr, stride_0, stride_1, stride_2, target_ptr, target_0, target_1, target_2,
         tl.program_id(0), num_0, num_1, num_2, num_1, num_2, BLOCK_0, BLOCK_1, BLOCK_2,

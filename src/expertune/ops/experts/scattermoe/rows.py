@@ -16,7 +16,7 @@ from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.tiling import RowsTile
 from expertune.ops.integers import cdiv, next_power_of_2
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 TILE = RowsTile(1, 1024, num_warps=2)  # the tile of SwiGLU's forward, a kernel of the same kind; not tuned for these
 
@@ -26,6 +26,7 @@ def _group_rows_kernel(
     x_ptr, stride_x, row_index_ptr, coefficients_ptr, slot_of_row_ptr, out_ptr, row_fence_ptr, num_experts, width,
     HAS_COEFFICIENTS: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     in_expert = row < tl.load(row_fence_ptr + num_experts)  # a sentinel row is written, as zeros
@@ -61,6 +62,7 @@ def _row_dots_kernel(
     left_ptr, stride_left, x_ptr, stride_x, row_index_ptr, slot_of_row_ptr, dots_ptr, row_fence_ptr, num_experts, width,
     GATHER: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(row_index_ptr + row).to(tl.int64) if GATHER else row
     end = tl.where(row < tl.load(row_fence_ptr + num_experts), width, 0)  # nothing of a sentinel row

@@ -23,7 +23,7 @@ from expertune.ops.experts.scattermoe.tiles import RowTable, load_entry, num_ent
 from expertune.ops.experts.scattermoe.tiling import RowsTile
 from expertune.ops.integers import cdiv
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 THIN_TILE = RowsTile(32, 256, num_warps=4)  # H200: 53 us; 64 x 256 with 8 warps 58, 128 x 128 57 to 65
 WIDE_TILE = RowsTile(128, 128, num_warps=4)  # ranks from 64 on. H200, rank 64: 91 us; 64 x 128 115, 64 x 256 133
@@ -65,7 +65,7 @@ def store_sum(acc, scale, out_ptrs, mask, parts_ptr, part_size, offsets, chunk, 
             tl.store(out_ptrs, (total * scale).to(out_ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit(launch_metadata=describe_rows("expert_sum", "width", "RANK"))
+@triton.jit(launch_metadata=describe_rows("expert_sum", "width", "RANK"), do_not_specialize=["capacity"])
 def _expert_sum_kernel(
     left_ptr,
     rows_ptr,
@@ -93,6 +93,7 @@ def _expert_sum_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    wait_for_earlier_kernels()
     block, chunk, num_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     if chunk >= num_entries(chunks_ptr, capacity):
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertune.ops.integers import next_power_of_2
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import Launcher
+from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 CHUNK_ROWS = 1024  # rows of one expert that one program sums; an expert with more is shared among programs
 BLOCK_ENTRIES = 128  # entries of one expert written at a time
@@ -65,11 +65,12 @@ def load_entry(table_ptr, capacity, entry):
     return expert, first_row, end_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_capacity", "chunks_capacity"])
 def _row_tables_kernel(
     row_fence_ptr, tiles_ptr, tiles_capacity, chunks_ptr, chunks_capacity, num_experts,
     BLOCK_S: tl.constexpr, CHUNK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels()
     expert, of_chunks = tl.program_id(0), tl.program_id(1)
     rows = tl.where(of_chunks == 1, CHUNK_S, BLOCK_S)
     capacity = tl.where(of_chunks == 1, chunks_capacity, tiles_capacity)

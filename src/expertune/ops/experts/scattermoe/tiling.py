@@ -22,7 +22,7 @@ class LinearTile:
 
     rows x columns of the result, k_step along the sum; num_warps, num_stages: Triton's. programs_per_sm: persistent
     programs on each multiprocessor. descriptors: whether tensor descriptors may be used where operands are aligned.
-    halves: whether a tile of gathered rows that is at most half full is computed as half a tile.
+    halves: whether a row tile that is at most half full is computed as half a tile.
     """
 
     rows: int = 128
@@ -98,9 +98,8 @@ TILES = (
         2,
         LinearTile(halves=True),
         "H200, bf16, rank 16. Qwen3-30B-A3B, 8192 tokens: the up projection 746 us, 64x256 twice on a multiprocessor "
-        "936, 128x128 1192, 256x128 982, k_step 32 with 5 or 6 stages 757 to 779; the two gathered products with and "
-        "without halves: Qwen3-30B-A3B 1020 and 1052 us, GLM-4.5-Air 3855 and 3881, gpt-oss-20b 2439 and 2468, "
-        "Mixtral-8x7B 8614 and 8748",
+        "936, 128x128 1192, 256x128 982, k_step 32 with 5 or 6 stages 757 to 779; four products with and without "
+        "halves: Qwen3-30B-A3B 2036 and 2124 us, GLM-4.5-Air 7709 and 7724, gpt-oss-20b 4874 and 4922",
     ),
     TileRow(
         (8, 0),
