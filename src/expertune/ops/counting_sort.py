@@ -37,11 +37,13 @@ def _load_bins(ids_ptr, slots, num_slots, num_experts):  # type: ignore[no-untyp
     return tl.where(slots < num_slots, ids, num_experts + 1)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _count_kernel(  # type: ignore[no-untyped-def]
-    ids_ptr, counts_ptr, num_slots, num_experts, slots_per_block, BINS: tl.constexpr, TILE: tl.constexpr
+    ids_ptr, counts_ptr, num_tokens, num_experts, slots_per_block,
+    TOP_K: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier_kernels()
+    num_slots = num_tokens * TOP_K  # a multiple of K: loads and stores stay wide, whatever the number of tokens
     block = tl.program_id(0)
     counts = tl.zeros((BINS,), dtype=tl.int32)
     for first in tl.range(0, slots_per_block, TILE):
@@ -50,13 +52,14 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit(do_not_specialize=["row_of_slot_ptr", "num_slots", "num_blocks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _place_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, counts_ptr, slot_of_row_ptr, row_of_slot_ptr, token_of_row_ptr, row_fence_ptr,
-    num_slots, num_experts, top_k, slots_per_block, num_blocks,
-    BINS: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr,
+    num_tokens, num_experts, slots_per_block, num_blocks,
+    TOP_K: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier_kernels()
+    num_slots = num_tokens * TOP_K
     block = tl.program_id(0)
     bins, lanes = tl.arange(0, BINS), tl.arange(0, TILE)
     before, total = tl.zeros((BINS,), dtype=tl.int32), tl.zeros((BINS,), dtype=tl.int32)
@@ -79,7 +82,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
         mask = slots < num_slots
         tl.store(row_of_slot_ptr + slots, rows.to(tl.int64), mask=mask)
         tl.store(slot_of_row_ptr + rows, slots.to(tl.int64), mask=mask)
-        tl.store(token_of_row_ptr + rows, (slots // top_k).to(tl.int64), mask=mask)
+        tl.store(token_of_row_ptr + rows, (slots // TOP_K).to(tl.int64), mask=mask)
         next_row += tl.histogram(ids, BINS)
 
 
@@ -93,22 +96,30 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> SortedSlots:
     return SortedSlots(rows_3S[0], rows_3S[1], rows_3S[2], fence_F)
 
 
+def _empty_rows(expert_ids_TK: Tensor) -> Tensor:
+    """[3, S] int64, each row aligned to 16 bytes."""
+    num_slots = expert_ids_TK.numel()
+    return expert_ids_TK.new_empty(3, num_slots + num_slots % 2, dtype=torch.int64)[:, :num_slots]
+
+
 def _sort(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """slot_of_row, row_of_slot, token_of_row as one tensor [3, S], and the fence [E + 1]."""
-    num_slots, device = expert_ids_TK.numel(), expert_ids_TK.device
+    (num_tokens, top_k), device = expert_ids_TK.shape, expert_ids_TK.device
+    num_slots = num_tokens * top_k
     bins = triton.next_power_of_2(num_experts + 2)
     slots_per_block = TILE * triton.cdiv(num_slots, TILE * MAX_BLOCKS)
     num_blocks = max(1, triton.cdiv(num_slots, max(slots_per_block, 1)))
-    rows_3S = torch.empty(3, num_slots, device=device, dtype=torch.int64)
+    rows_3S = _empty_rows(expert_ids_TK)
     fence_F = torch.empty(num_experts + 1, device=device, dtype=torch.int32)
     counts = torch.empty(num_blocks, bins, device=device, dtype=torch.int32)
     ids_S = expert_ids_TK.reshape(-1)
     with torch.cuda.device_of(expert_ids_TK):  # Triton launches on the current device
-        _count((num_blocks,), ids_S, counts, num_slots, num_experts, slots_per_block, bins, TILE, num_warps=8)
+        _count(
+            (num_blocks,), ids_S, counts, num_tokens, num_experts, slots_per_block, top_k, bins, TILE, num_warps=8
+        )  # fmt: skip
         _place(
-            (num_blocks,), ids_S, counts, rows_3S[0], rows_3S[1], rows_3S[2], fence_F, num_slots, num_experts,
-            expert_ids_TK.shape[1], slots_per_block, num_blocks, bins, TILE, max(1, min(32, 8192 // bins)),
-            num_warps=8,
+            (num_blocks,), ids_S, counts, rows_3S[0], rows_3S[1], rows_3S[2], fence_F, num_tokens, num_experts,
+            slots_per_block, num_blocks, top_k, bins, TILE, max(1, min(32, 8192 // bins)), num_warps=8,
         )  # fmt: skip
     return rows_3S, fence_F
 
@@ -121,5 +132,4 @@ def _sort_op(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @_sort_op.register_fake
 def _(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    rows_3S = expert_ids_TK.new_empty(3, expert_ids_TK.numel(), dtype=torch.int64)
-    return rows_3S, expert_ids_TK.new_empty(num_experts + 1, dtype=torch.int32)
+    return _empty_rows(expert_ids_TK), expert_ids_TK.new_empty(num_experts + 1, dtype=torch.int32)

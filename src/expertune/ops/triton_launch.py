@@ -94,8 +94,8 @@ class Launcher:
 def compile_only() -> Iterator[None]:
     """Inside, a `Launcher` compiles its kernel and does not launch it; kernels compile side by side.
 
-    Tensors may be on meta: they stand for aligned ones of the current GPU. At the end every kernel is compiled; one
-    that cannot be is left to its launch, which raises Triton's error. For the interpreter there is nothing to do.
+    At the end every kernel is compiled; one that cannot be is left to its launch, which raises Triton's error. For the
+    interpreter there is nothing to do.
     """
     side_by_side = getattr(triton, "AsyncCompileMode", None)  # from Triton 3.6 on
     before = _compiling_only.set(True)
@@ -114,16 +114,7 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def has_descriptors(device: torch.device) -> bool:
-    """Whether the GPU copies tiles by descriptors in hardware (from Hopper on); the interpreter emulates them.
-
-    A tensor on meta stands for one on the current GPU: see `compile_only`.
-    """
-    if device.type == "meta":
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _has_descriptors(device)
-
-
 @cache
-def _has_descriptors(device: torch.device) -> bool:
+def has_descriptors(device: torch.device) -> bool:
+    """Whether the GPU copies tiles by descriptors in hardware (from Hopper on); the interpreter emulates them."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)

@@ -83,6 +83,10 @@ def call_of(problem: Problem, tile: LinearTile = TILE) -> ahead.Call:
     return ahead.call_of(tensors_of(problem), known(problem), tile)
 
 
+def dry_run(problem: Problem, *num_tokens: int) -> None:
+    ahead.dry_run(call_of(problem), tensors_of(problem)[2:], *num_tokens)
+
+
 def known(problem: Problem) -> Callable[[Tensor], Tensor]:
     return SWIGLU if problem.case.activation is swiglu and not problem.case.base_grad else problem.case.activation
 
@@ -99,7 +103,7 @@ def run(problem: Problem, tile: LinearTile = TILE) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_call_launches_is_what_the_dry_run_compiled(name: str, keys_of: Callable[..., Keys]) -> None:
     case = CASES[name]
-    dry = keys_of(lambda: ahead.dry_run(call_of(make_problem(case))))
+    dry = keys_of(lambda: dry_run(make_problem(case)))
     kernels = {kernel for kernel, _ in dry}
     assert kernels >= {"_row_tables_kernel", "_expert_linear_kernel", "_combine_kernel"}
     assert ("_expert_sum_kernel" in kernels) == (case.up_lora or case.down_lora)
@@ -110,8 +114,8 @@ def test_what_a_call_launches_is_what_the_dry_run_compiled(name: str, keys_of: C
 
 @pytest.mark.parametrize("tokens", [1, 63, 65, 1000])
 def test_the_dry_runs_own_number_of_tokens_does_not_matter(tokens: int, keys_of: Callable[..., Keys]) -> None:
-    call = call_of(make_problem(CASES["bias"]))
-    assert keys_of(lambda: ahead.dry_run(call, tokens)) == keys_of(lambda: ahead.dry_run(call))
+    problem = make_problem(CASES["bias"])
+    assert keys_of(lambda: dry_run(problem, tokens)) == keys_of(lambda: dry_run(problem))
 
 
 @pytest.mark.parametrize("name", ["swiglu", "function"])
@@ -126,20 +130,18 @@ def test_frozen_inputs(name: str, frozen: tuple[str, ...], keys_of: Callable[...
         if f"{side}_lora" in frozen:
             lora = replace(projection.lora, a_ERX=projection.lora.a_ERX.detach(), b_EYR=projection.lora.b_EYR.detach())
             setattr(problem, side, replace(projection, lora=lora))
-    call = call_of(problem)
-    assert call.backward == bool(problem.leaves)
-    assert keys_of(lambda: ahead.dry_run(call)) == keys_of(lambda: run(problem))
+    assert call_of(problem).backward == bool(problem.leaves)
+    assert keys_of(lambda: dry_run(problem)) == keys_of(lambda: run(problem))
 
 
 def test_without_autograd_only_the_forward(keys_of: Callable[..., Keys]) -> None:
     problem = make_problem(BF16)
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            call = call_of(problem)
-            assert not call.backward
-            dry = keys_of(lambda call=call: ahead.dry_run(call))
+            assert not call_of(problem).backward
+            dry = keys_of(lambda: dry_run(problem))
             assert dry == keys_of(lambda: run(problem))
-    assert dry < keys_of(lambda: ahead.dry_run(call_of(problem)))
+    assert dry < keys_of(lambda: dry_run(problem))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -154,7 +156,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_any_layout_of_x(name: str, keys_of: Callable[..., Keys]) -> None:
     problem = make_problem(BF16)
     problem.x_TH = LAYOUTS[name](problem.x_TH)
-    assert keys_of(lambda: ahead.dry_run(call_of(problem))) == keys_of(lambda: run(problem))
+    assert keys_of(lambda: dry_run(problem)) == keys_of(lambda: run(problem))
 
 
 def test_the_sort_of_any_number_of_slots(keys_of: Callable[..., Keys]) -> None:
@@ -168,8 +170,8 @@ def test_the_sort_of_any_number_of_slots(keys_of: Callable[..., Keys]) -> None:
 def test_one_dry_run_for_calls_that_differ_in_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[ahead.Call] = []
     monkeypatch.setattr("torch.cuda.device", lambda _: nullcontext())
-    monkeypatch.setattr(ahead, "dry_run", calls.append)
-    ahead._compile_once.cache_clear()
+    monkeypatch.setattr(ahead, "dry_run", lambda call, _: calls.append(call))
+    ahead._turn_of.cache_clear()
 
     def compile_ahead(tile: LinearTile = TILE, **changes: Any) -> int:
         problem = make_problem(replace(BF16, **changes))
@@ -185,7 +187,7 @@ def test_one_dry_run_for_calls_that_differ_in_tokens_alone(monkeypatch: pytest.M
             assert compile_ahead() == 8
         assert compile_ahead(bias=True) == 8
     finally:
-        ahead._compile_once.cache_clear()
+        ahead._turn_of.cache_clear()
 
 
 @pytest.mark.gpu

@@ -1,13 +1,14 @@
 """Every kernel of an expert MLP, compiled side by side before the first of them is launched.
 
 A model's first call would compile one variant after the other, forward and backward, each as its launch comes. Here the
-same functions run once on tensors without memory while launches only compile (`compile_only`). What decides about a
-variant is in `Call`; the number of tokens does not (see `triton_launch`), so that one dry run serves a model's layers
-of one shape, and batches of any length.
+same functions run once, on a few tokens and the call's own weights, while launches only compile (`compile_only`). What
+decides about a variant is in `Call`; the number of tokens does not (see `triton_launch`), so that one dry run serves a
+model's layers of one shape, and batches of any length.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -50,9 +51,12 @@ def compile_ahead(tensors: Sequence[Tensor | None], activation: Activation, tile
 
     tensors: what `mlp` hands to autograd, on a GPU: x, the routing weights, and up and down, flattened.
     """
-    x_TH = tensors[0]
+    x_TH, _, *flat = tensors
     assert x_TH is not None
-    _compile_once(x_TH.device, call_of(tensors, activation, tile))
+    call = call_of(tensors, activation, tile)
+    if _turn_of(x_TH.device, call).acquire(blocking=False):
+        with torch.cuda.device(x_TH.device), compile_only():
+            dry_run(call, flat)
 
 
 def call_of(tensors: Sequence[Tensor | None], activation: Activation, tile: LinearTile) -> Call:
@@ -79,34 +83,36 @@ def call_of(tensors: Sequence[Tensor | None], activation: Activation, tile: Line
 
 
 @cache
-def _compile_once(device: torch.device, call: Call) -> None:
-    with torch.cuda.device(device), compile_only():
-        dry_run(call)
+def _turn_of(device: torch.device, call: Call) -> Lock:
+    """The first who asks gets the lock, and keeps it: one dry run for each kind of call, from whatever thread."""
+    return Lock()
 
 
 @torch.no_grad()
-def dry_run(call: Call, num_tokens: int = NUM_TOKENS) -> None:
-    """Go through forward and backward on tensors without memory."""
-    of_up, of_down = call.parameters[:4], call.parameters[4:]
-    up, down = _projection(of_up), _projection(of_down)
-    (num_experts, _, width), dtype = up.weight_EYX.shape, up.weight_EYX.dtype
-    x_TH = torch.empty_strided((num_tokens, width), (call.x_stride, 1), dtype=dtype, device="meta")
-    weights_TK = torch.empty(num_tokens, call.top_k, dtype=call.weights_dtype, device="meta")
-    products = _LaunchesOnly.of(_plan(num_tokens, call.top_k, num_experts), call.tile)
+def dry_run(call: Call, flat: Sequence[Tensor | None], num_tokens: int = NUM_TOKENS) -> None:
+    """Go through forward and backward while nothing is launched: what is read was never written, and nobody minds.
+
+    flat: the parameters of up and down, as in `call`. Real tensors, for those on meta cost a second of imports.
+    """
+    up, down = unflatten_projection(flat[:4], scaling=1.0), unflatten_projection(flat[4:], scaling=1.0)
+    (num_experts, _, width), device = up.weight_EYX.shape, up.weight_EYX.device
+    x_TH = torch.empty_strided((num_tokens, width), (call.x_stride, 1), dtype=up.weight_EYX.dtype, device=device)
+    weights_TK = torch.empty(num_tokens, call.top_k, dtype=call.weights_dtype, device=device)
+    products = _LaunchesOnly.of(_plan(num_tokens, call.top_k, num_experts, device), call.tile)
     activation = call.gate or _shaped_to(down.weight_EYX.shape[2])
 
     h_SJ, u1_SR = up_forward(products, x_TH, up)
     y_TH, u2_SR = down_forward(products, h_SJ, weights_TK, down, activation)
     if call.backward:
-        needs_down, needs_up = (True, False, *_needs(of_down)), (call.x_needs_grad, *_needs(of_up))
+        needs = [like is not None and like[3] for like in call.parameters]
         dh_SJ, *_ = down_backward(
-            products, h_SJ, weights_TK, u2_SR, down, activation, y_TH, needs_down, reuse_h=True
+            products, h_SJ, weights_TK, u2_SR, down, activation, y_TH, (True, False, *needs[4:]), reuse_h=True
         )  # fmt: skip
-        up_backward(products, x_TH, u1_SR, up, dh_SJ, needs_up)
+        up_backward(products, x_TH, u1_SR, up, dh_SJ, (call.x_needs_grad, *needs[:4]))
 
 
 class _LaunchesOnly(Products):
-    """Products without those that are torch's own, which need no compilation and do not all know meta tensors."""
+    """Products without those that are torch's own: they need no compilation."""
 
     def parameter_grads(
         self,
@@ -121,25 +127,12 @@ class _LaunchesOnly(Products):
         return super().parameter_grads(dout, v_SR, x, u_SR, projection, (False, False, *need[2:]), p_S)
 
 
-def _projection(parameters: Sequence[Parameter | None]) -> ExpertProjection:
-    return unflatten_projection([like and _empty(like) for like in parameters], scaling=1.0)
-
-
-def _empty(like: Parameter) -> Tensor:
-    shape, strides, dtype, _ = like
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-
-
-def _needs(parameters: Sequence[Parameter | None]) -> list[bool]:
-    return [like is not None and like[3] for like in parameters]
-
-
-def _plan(num_tokens: int, top_k: int, num_experts: int) -> ExpertPlan:
-    rows_S = torch.empty(num_tokens * top_k, dtype=torch.int64, device="meta")
-    fence_F = torch.empty(num_experts + 1, dtype=torch.int32, device="meta")
+def _plan(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> ExpertPlan:
+    rows_S = torch.zeros(num_tokens * top_k, dtype=torch.int64, device=device)  # torch's own indexing reads them
+    fence_F = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
     return ExpertPlan(num_tokens, top_k, num_experts, rows_S, rows_S, rows_S, fence_F, has_sentinels=False)
 
 
 def _shaped_to(num_columns: int) -> Activation:
-    """In the place of an activation that may not know meta tensors: a contiguous result of the same shape."""
+    """In the place of a function of the user's, which may do more than compute: a contiguous result of its shape."""
     return lambda h_SJ: h_SJ[:, :num_columns].contiguous()
