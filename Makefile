@@ -11,10 +11,13 @@ PYTEST_ARGS ?=
 ifeq ($(strip $(VENV)),)
 PY := PYTHONPATH=$(CURDIR)/src:$$PYTHONPATH $(PYTHON)
 READY :=
+READY_DEV :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
 endif
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test check setup clean
 
@@ -22,15 +25,15 @@ quickstart: $(READY)
 	@test ! -e runs/quickstart || mv runs/quickstart runs/quickstart-before-$$(date +%Y%m%d-%H%M%S)
 	$(PY) -m expertune train examples/quickstart.yaml
 
-test: $(READY)
+test: $(READY_DEV)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-check: $(READY)
+check: $(READY_DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-setup: $(READY)
+setup: $(READY_DEV)
 
 # Redone only when the dependencies change. Without an NVIDIA GPU torch comes first and by version: a plain torch, also
 # as another package's dependency, may bring gigabytes of CUDA libraries.
@@ -41,8 +44,12 @@ $(VENV)/.ready: pyproject.toml
 		{ echo "python's venv module is missing (on Debian: apt-get install python3-venv)"; rm -rf $(VENV); exit 1; }
 	@if nvidia-smi -L >/dev/null 2>&1; then torch="torch>=2.11,<3"; else torch="torch==2.13.0"; fi; \
 		echo "installing $$torch, then expertune and its dependencies into $(VENV) (once, a few minutes)"; \
-		$(PY) -m pip install --quiet --disable-pip-version-check "$$torch" && \
-		$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+		$(PIP) "$$torch" && $(PIP) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "installing what tests and checks need"
+	@$(PIP) -e ".[dev]"
 	@touch $@
 
 clean:
