@@ -357,6 +357,23 @@ TABLE = {
     "adapter of another model": command(
         "generate run -p x", "run/adapter does not fit the base model", make=run_with_adapter_of_another_model
     ),
+    "export without format": command("export run -o out", "Missing option '--format'"),
+    "export for another server": command("export run -o out --format tgi", "tgi", "vllm", "sglang"),
+    "export without an adapter": command(
+        "export config.yaml -o out --format vllm", "run holds no adapter", "train first"
+    ),
+    "export into a folder": command(
+        "export run -o . --format vllm", "--output: . exists", make=run_with_damaged_adapter
+    ),
+    "export a damaged adapter": command(
+        "export run -o out --format sglang", "run/adapter are damaged", make=run_with_damaged_adapter
+    ),
+    "export an adapter of another model": command(
+        "export run -o out --format vllm",
+        "does not fit the base model",
+        make=run_with_adapter_of_another_model,
+    ),
+    "audit of no run": command("audit gone", "gone: no such file or folder", "output_dir"),
     "merge without output": command("merge run", "Missing option '--output'"),
     "merge into a folder": command("merge run -o .", "--output: . exists", "delete it", make=run_with_damaged_adapter),
     "merge into nowhere": command("merge run -o /proc/m", "--output: /proc/m cannot be", make=run_with_damaged_adapter),
@@ -364,7 +381,7 @@ TABLE = {
     "merge on a full disk": command(
         "merge run -o merged",
         "--output: the disk of merged has 1 MiB free",
-        "takes 14 MiB",
+        "takes 7 MiB",
         make=lambda folder, patch: (run_with_damaged_adapter(folder, patch), full_disk(folder, patch)),
     ),
 }

@@ -15,6 +15,8 @@ COMMANDS = {
     "eval": "Compute the held-out loss of the base model and of the adapter.",
     "generate": "Answer one prompt, or hold a chat (an empty line or Ctrl-D ends it).",
     "merge": "Merge the adapter into a full checkpoint, and check it against the unmerged model.",
+    "export": "Write the adapter as per-expert LoRA for vLLM or SGLang (docs/export.md).",
+    "audit": "Look for missing or broken expert adapters, and for experts that never received a token.",
     "doctor": "Show versions, the GPU, and which expert backends can run here, or why not.",
     "config": "List every key of a configuration with its type, default and meaning.",
 }
@@ -23,6 +25,8 @@ OPTIONS = {
     "eval": ("CONFIG", "--set", "--adapter"),
     "generate": ("CONFIG", "--set", "--adapter", "--prompt", "--base", "--max-new-tokens", "--temperature"),
     "merge": ("CONFIG", "--set", "--adapter", "--output"),
+    "export": ("CONFIG", "--set", "--adapter", "--output", "--format", "vllm", "sglang"),
+    "audit": ("CONFIG", "--set", "--adapter"),
     "doctor": (),
     "config": ("KEY", "--json-schema"),
 }

@@ -73,6 +73,7 @@ def test_train_says_what_it_did_and_what_to_type_next(finished_run: FinishedRun)
     assert f"held-out loss {report['heldout_loss_before']:.4f} → {report['heldout_loss_after']:.4f}\n" in printed
     assert "8 steps in " in printed
     assert f"adapter: {run}/adapter\n" in printed
+    assert "expert projections have a finite A and B for every expert\n" in printed
     assert re.search(rf"^next: .*expertune generate '{run}'$", printed, re.M), "the path has a space in it"
     assert re.search(rf"^ .*expertune merge '{run}' --output '{run}/merged'$", printed, re.M)
     assert "\x1b" not in printed
@@ -102,6 +103,10 @@ def test_train_leaves_everything_behind(finished_run: FinishedRun) -> None:
     assert report["seconds"] > 0
     assert report["peak_memory_gib"] > 0
     assert report["resumed_from"] is None
+    audit = report["adapter_audit"]
+    assert audit["problems"] == []
+    assert audit["num_experts"] == audit["num_projections"] // 2 * 16
+    assert audit["without_token"] == {}
 
 
 def test_the_saved_configuration_is_the_one_that_ran(finished_run: FinishedRun) -> None:
@@ -217,8 +222,9 @@ def test_merge_says_what_it_checked(merged: tuple[Path, str]) -> None:
     )
     assert numbers is not None, printed
     error, allowed, effect = map(float, numbers.groups())
-    assert error < allowed == 1e-4 < effect / 10
+    assert error < 2e-2 < allowed == 6e-2 < effect, "the shipped model is in bf16"
     assert f"merged into {folder}; read back" in printed
+    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
     assert not [name for name in names if "adapter" in name]
@@ -236,7 +242,7 @@ def test_peft_and_transformers_alone_get_the_same_model(
         model = load_for_use(config_of(finished_run.folder, []), adapter=adapter).model
         want = model(torch.tensor([ids], device=model.device)).logits.cpu()
     assert distance(logits["adapter"], want) < 1e-4
-    assert distance(logits["merged"], want) < 1e-4
+    assert distance(logits["merged"], want) < 2e-2  # its weights are rounded to bf16, as the base's are
     assert distance(logits["base"], want) > 1e-2
 
 
@@ -264,10 +270,65 @@ def test_a_merge_that_is_another_model_leaves_nothing(
 
     monkeypatch.setattr(merge_module, "AutoModelForCausalLM", Reread)
     if wrong == "tolerance":
-        monkeypatch.setattr(merge_module, "TOLERANCE", {torch.float32: 1e-12})
+        monkeypatch.setattr(merge_module, "TOLERANCE", {torch.bfloat16: 1e-12})
     result = call("merge", finished_run.folder, "-o", tmp_path / "merged")
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert "the merged model differs from the unmerged one" in result.output
     assert "nothing was written" in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_export_writes_what_the_server_reads(server: str, finished_run: FinishedRun, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    result = call("export", finished_run.folder, "--format", server, "-o", folder)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {folder} in the format that {server} " in result.output
+    assert re.search(r" reads: \d+ tensors, rank 4\n", result.output)
+    assert re.search(rf"^next: .*{server}.* --enable-lora .*NAME={folder}$", result.output, re.M)
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert f"{len(tensors)} tensors" in result.output
+    assert tensors["base_model.model.model.layers.0.mlp.experts.15.down_proj.lora_A.weight"].shape == (4, 64)
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (saved["r"], saved["lora_alpha"], saved["base_model_name_or_path"]) == (4, 8, str(MODEL))
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = call("export", finished_run.folder, "--format", server, "-o", folder)
+    assert again.exit_code == 2
+    assert f"--output: {folder} exists; choose another folder or delete it" in again.output
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("wrong", ["missing", "not a number", "another model"])
+def test_a_broken_adapter_is_named_and_not_exported(wrong: str, finished_run: FinishedRun, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished_run.folder / "adapter", adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"
+    if wrong == "missing":
+        del weights[key]
+    elif wrong == "not a number":
+        weights[key][4 * 3] = torch.nan  # rank 4: expert 3
+    else:
+        weights = {name: weight[..., :-4].clone() for name, weight in weights.items()}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    words = {
+        "missing": "model.layers.1.mlp.experts.gate_up_proj: A is missing",
+        "not a number": "model.layers.1.mlp.experts.gate_up_proj: A has values that are not finite in expert 3",
+        "another model": "the base model needs [",
+    }[wrong]
+    audit = call("audit", finished_run.folder, "--adapter", adapter)
+    assert audit.exit_code == 1
+    assert words in audit.output
+    export = call("export", finished_run.folder, "--adapter", adapter, "--format", "vllm", "-o", tmp_path / "out")
+    assert export.exit_code == 2
+    assert words in export.output
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_audit_says_that_the_adapter_is_whole(finished_run: FinishedRun) -> None:
+    result = call("audit", finished_run.folder)
+    assert result.exit_code == 0, result.output
+    assert "expert projections have a finite A and B for every expert\n" in result.output
+    assert "every expert received a token\n" in result.output

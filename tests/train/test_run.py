@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, ExpertuneError
 from expertune.train import model as model_module
 from expertune.train import run as run_module
 from tests.train.runs import losses, run, write_config, write_rows
@@ -111,6 +111,29 @@ def test_experts_without_an_adapter_are_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.experts\.gate_up_proj was asked for and has no adapter"):
         run(write_config(tmp_path))
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_an_adapter_that_is_not_whole_is_not_called_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = run_module.PeftModel.save_pretrained
+
+    def losing(self: object, folder: str, **kwargs: object) -> None:
+        real(self, folder, **kwargs)
+        path = Path(folder) / "adapter_model.safetensors"
+        weights = load_file(path)
+        del weights["base_model.model.model.layers.0.mlp.experts.lora_B.weight"]
+        weights["base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"][0] = torch.inf
+        save_file(weights, path)
+
+    monkeypatch.setattr(run_module.PeftModel, "save_pretrained", losing)
+    with pytest.raises(ExpertuneError) as caught:
+        run(write_config(tmp_path, max_steps=2))
+    assert str(caught.value).splitlines() == [
+        f"the trained adapter is not whole, so it was not saved (what was trained is in {tmp_path}/run/checkpoint-2):",
+        "  model.layers.0.mlp.experts.down_proj: B is missing",
+        "  model.layers.1.mlp.experts.gate_up_proj: A has values that are not finite in expert 0",
+    ]
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not list((tmp_path / "run").glob(".partial-*"))
 
 
 def test_a_second_start_does_not_overwrite(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The command line: `expertune train`, `eval`, `generate`, `merge`, `doctor`, `bench`, `tune`, `config`."""
+"""The command line: `expertune train`, `eval`, `generate`, `merge`, `export`, `audit`, `doctor`, `bench`, ..."""

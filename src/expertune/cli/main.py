@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed (or stopped by a signal), 2 wrong use: arguments, c
 
 import shlex
 import sys
+from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ from expertune.cli.bench import bench
 from expertune.cli.failing import reporting_errors
 from expertune.cli.output import Output
 from expertune.cli.tune import tune
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, ExpertuneError
 
 if TYPE_CHECKING:
     from expertune.train.config import TrainConfig
@@ -30,6 +31,14 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
+
+
+class Server(StrEnum):
+    """The servers that `export` writes for."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+
 
 ConfigOrRun = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the output_dir of a run.", show_default=False)
@@ -164,6 +173,55 @@ def merge(
             f"{report.adapter_effect:.1e})",
             markup=False,
         )
+
+
+@app.command()
+def export(
+    config: ConfigOrRun,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the adapter.", show_default=False)],
+    server: Annotated[
+        Server, typer.Option("--format", help="The server that will load the adapter.", show_default=False)
+    ],
+    adapter: Adapter = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the adapter as per-expert LoRA for vLLM or SGLang (docs/export.md)."""
+    console = Output()
+    with reporting_errors():
+        from expertune.cli.quiet import quiet_libraries
+        from expertune.train.export import export as run_export
+        from expertune.train.use import config_of
+
+        quiet_libraries()
+        settings = config_of(config, overrides or [])
+        report = run_export(settings, _adapter_of(settings, adapter), output, server.value)
+        console.print(
+            f"wrote {report.folder} in the format that {report.read} reads: {report.num_tensors} tensors, "
+            f"rank {report.rank}",
+            markup=False,
+        )
+        for note in report.notes:
+            console.print(f"note: {note}", markup=False)
+        console.print(f"next: {report.start}", markup=False)
+
+
+@app.command()
+def audit(config: ConfigOrRun, adapter: Adapter = None, overrides: Overrides = None) -> None:
+    """Look for missing or broken expert adapters, and for experts that never received a token."""
+    console = Output()
+    with reporting_errors():
+        from expertune.cli.quiet import quiet_libraries
+        from expertune.integrations.audit import audit as audit_saved
+        from expertune.train.export import open_saved
+        from expertune.train.use import config_of
+
+        quiet_libraries()
+        settings = config_of(config, overrides or [])
+        found = audit_saved(open_saved(settings, _adapter_of(settings, adapter)))
+        if found.problems:
+            raise ExpertuneError("the adapter is not whole:\n" + "\n".join(f"  {line}" for line in found.problems))
+        for line in found.in_words():
+            console.print(line, markup=False)
 
 
 @app.command()

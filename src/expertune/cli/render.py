@@ -44,6 +44,8 @@ def print_run_report(report: "RunReport", output_dir: Path, console: Console) ->
         f"peak memory {report.peak_memory_gib:.2f} GiB, experts on {report.experts_backend}",
         markup=False,
     )
+    for line in report.adapter_audit.in_words() if report.adapter_audit is not None else ():
+        console.print(line, markup=False)
     console.print(f"adapter: {_short(output_dir / 'adapter')}", markup=False)
     run, merged = shlex.quote(_short(output_dir)), shlex.quote(_short(output_dir / "merged"))
     console.print(f"next:    {program()} generate {run}", markup=False)

@@ -1,19 +1,21 @@
 """An adapter merged into a full checkpoint, and the proof that it is the same model."""
 
 import gc
-import shutil
-import tempfile
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.train.config import TrainConfig
 from expertune.train.model import load_adapter, load_model, load_tokenizer
-from expertune.train.saving import whole_folder
+from expertune.train.saving import check_new_folder, check_room, whole_folder
 
 # Merging rounds W + s B A to the dtype of W once a weight; the logits then differ by a few such roundings.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -24,7 +26,8 @@ NUM_CHECK_TOKENS = 64
 
 @dataclass(frozen=True)
 class MergeReport:
-    """relative_error: ||merged - unmerged|| / ||unmerged||, of logits. adapter_effect: the same for base - unmerged.
+    """relative_error: ||merged - unmerged|| / ||unmerged|| of a token's logits, the median over tokens.
+    adapter_effect: the same for base - unmerged.
 
     tolerance: what was allowed, no more than half the adapter's effect where that is above rounding, so that a merge
     that lost the adapter does not pass.
@@ -39,14 +42,22 @@ class MergeReport:
 def merge(config: TrainConfig, adapter: Path, output: Path) -> MergeReport:
     """Write the base model with the adapter merged in, as plain Transformers loads it.
 
-    The merged model is read back from disk, with Transformers' own experts, and its logits on random tokens are
-    compared with the unmerged model's; only then does the folder get its name. Raises ConfigError if `output` exists
-    or cannot be written, ExpertuneError if the merged model is another model.
+    Every weight keeps the dtype that it has in the base checkpoint, whatever the configuration trains in: W + s B A is
+    computed in fp32 and rounded once. The merged model is read back from disk, with Transformers' own experts, and its
+    logits on random tokens are compared with the unmerged model's; only then does the folder get its name.
+    Raises ConfigError if `output` exists or cannot be written, ExpertuneError if the merged model is another model.
     """
-    _check_output(output)
+    check_new_folder("--output", output)
     tokenizer = load_tokenizer(config)
-    base = load_model(config)
-    _check_room(output, sum(weight.nbytes for weight in base.parameters()))
+    base = load_model(config, dtype="auto")
+    dtype = base.dtype
+    if dtype not in TOLERANCE:
+        raise ConfigError(
+            f"base_model: the weights in {config.base_model} are stored as {dtype}, into which an adapter cannot be "
+            f"merged; it takes {', '.join(str(each).removeprefix('torch.') for each in TOLERANCE)}"
+        )
+    check_room("--output", output, sum(weight.nbytes for weight in base.parameters()), "merged checkpoint")
+    dtypes = {name: weight.dtype for name, weight in base.named_parameters()}
     model = load_adapter(base, adapter)
     del base
     ids = torch.randint(
@@ -56,18 +67,19 @@ def merge(config: TrainConfig, adapter: Path, output: Path) -> MergeReport:
     ).to(model.device)
     unmerged = _logits(model, ids)
     with model.disable_adapter():
-        adapter_effect = _relative(_logits(model, ids), unmerged)
-    dtype = model.dtype
+        adapter_effect = _distance(_logits(model, ids), unmerged)
     with whole_folder(output) as folder:
-        model.merge_and_unload(safe_merge=True).save_pretrained(str(folder))
+        _merged(model, dtypes).save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         device = model.device
         del model
         gc.collect()
         reread = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, trust_remote_code=config.trust_remote_code
+            str(folder), dtype="auto", trust_remote_code=config.trust_remote_code
         ).to(device)
-        error = _relative(_logits(reread, ids), unmerged)
+        if reread.dtype != dtype:
+            raise ExpertuneError(f"the merged model reads back as {reread.dtype}, not {dtype}; nothing was written")
+        error = _distance(_logits(reread, ids), unmerged)
         tolerance = min(TOLERANCE[dtype], max(ROUNDING[dtype], adapter_effect / 2))
         if not error <= tolerance:
             raise ExpertuneError(
@@ -77,29 +89,32 @@ def merge(config: TrainConfig, adapter: Path, output: Path) -> MergeReport:
     return MergeReport(output, error, tolerance, adapter_effect)
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise ConfigError(f"--output: {output} exists; choose another folder or delete it")
-    try:
-        with tempfile.TemporaryDirectory(dir=_existing_parent(output), prefix=".partial-"):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--output: {output} cannot be written ({error.strerror or error}); choose another folder"
-        ) from error
+def _merged(model: PeftModel, dtypes: dict[str, torch.dtype]) -> PreTrainedModel:
+    """The base model with the adapter in its weights, each merged in fp32 and then rounded to its own dtype.
+
+    PEFT rounds s B A to the dtype of W before it adds and again after, so it merges one weight at a time here, with
+    that weight in fp32.
+    """
+    for weight, layer in _adapted(model.modules()):
+        stored = weight.dtype
+        weight.data = weight.data.float()
+        layer.merge(safe_merge=True)
+        weight.data = weight.data.to(stored)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        merged = model.merge_and_unload()
+    for name, weight in merged.named_parameters():
+        # modules_to_save may train in fp32; the base has no weight of that name where PEFT unties embeddings and head
+        weight.data = weight.data.to(dtypes.get(name, merged.dtype))
+    return merged
 
 
-def _check_room(output: Path, need_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(_existing_parent(output)).free
-    if free_bytes < need_bytes:
-        raise ConfigError(
-            f"--output: the disk of {output} has {free_bytes / 2**20:,.0f} MiB free, and the merged checkpoint takes "
-            f"{need_bytes / 2**20:,.0f} MiB; free some space or choose another folder"
-        )
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
+def _adapted(modules: Iterable[nn.Module]) -> Iterable[tuple[nn.Parameter, LoraLayer]]:
+    """Every adapted weight with PEFT's layer around it."""
+    for layer in list(modules):
+        if isinstance(layer, LoraLayer):
+            name = getattr(layer, "parameter_name", "weight")
+            yield getattr(layer.get_base_layer(), name), layer
 
 
 @torch.no_grad()
@@ -107,5 +122,10 @@ def _logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     return model.eval()(input_ids=ids).logits.float()
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    return ((got - want).norm() / want.norm()).item()
+def _distance(got: Tensor, want: Tensor) -> float:
+    """The median over tokens of ||got - want|| / ||want||.
+
+    Not the mean: in bf16 a token with two equally likely experts may get the other one and is far off, in a right merge
+    too (0.37 for the worst of 128 tokens of the shipped model, where the median is 0.02); in a wrong one all are.
+    """
+    return ((got - want).norm(dim=-1) / want.norm(dim=-1)).median().item()

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, set_seed
 
-from expertune.errors import ConfigError, Interrupted
+from expertune.errors import ConfigError, ExpertuneError, Interrupted
 from expertune.files import write_whole
+from expertune.integrations.audit import AdapterAudit, audit
 from expertune.integrations.backends import AUTO, pick_backend
+from expertune.integrations.saved_adapter import read_adapter
 from expertune.integrations.targets import summarise_trainable
 from expertune.train.arguments import set_intervals, sft_config
 from expertune.train.callbacks import ShowProgress, StopOnSignal, Stopped
@@ -37,6 +39,7 @@ class RunReport:
     """What a run did, as `report.json` has it. Losses are nats per trained token; `samples` are (prompt, reply).
 
     log: what was logged at each logging step and evaluation, also before a resumption.
+    adapter_audit: what the saved adapter holds, read back from its file.
     """
 
     base_model: str
@@ -52,6 +55,7 @@ class RunReport:
     samples_before: list[tuple[str, str]] = field(default_factory=list)
     samples_after: list[tuple[str, str]] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
+    adapter_audit: AdapterAudit | None = None
 
 
 def train(config: TrainConfig, console: Console, *, resume_command: str, resume: bool = False) -> RunReport:
@@ -93,6 +97,7 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
                 with whole_folder(output_dir / ADAPTER) as folder:
                     model.save_pretrained(str(folder))
                     prepared.tokenizer.save_pretrained(str(folder))
+                    report.adapter_audit = _audit(model, folder, output_dir)
                 report.train_loss = result.training_loss
                 _look_at_the_end(trainer, prepared, config, report)
     except Stopped:
@@ -161,6 +166,17 @@ def _trainer(
     )
     set_intervals(args, config, num_batches=len(trainer.get_train_dataloader()))
     return trainer
+
+
+def _audit(model: PeftModel, folder: Path, output_dir: Path) -> AdapterAudit:
+    """Read the adapter back from the file; raises ExpertuneError if it is not whole."""
+    found = audit(read_adapter(model, folder))
+    if found.problems:
+        lines = "\n".join(f"  {line}" for line in found.problems[:10])
+        saved = checkpoints(output_dir)
+        where = f"what was trained is in {saved[-1]}" if saved else "no checkpoint was saved"
+        raise ExpertuneError(f"the trained adapter is not whole, so it was not saved ({where}):\n{lines}")
+    return found
 
 
 def _look_at_the_end(trainer: Trainer, prepared: Prepared, config: TrainConfig, report: RunReport) -> None:

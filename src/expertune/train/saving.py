@@ -5,6 +5,7 @@ A run killed at any moment leaves complete checkpoints and at most one temporary
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,33 @@ def check_output_dir(folder: Path, need_bytes: int) -> None:
             f"output_dir: {folder} has {free_bytes / 2**20:.0f} MiB free, and the checkpoints to be kept need about "
             f"{need_bytes / 2**20:.0f} MiB. Free some space, choose another output_dir, or lower save_total_limit."
         )
+
+
+def check_new_folder(option: str, output: Path) -> None:
+    """Raise ConfigError unless `output` is not there yet and can be made. option: what a message calls it."""
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"{option}: {output} exists; choose another folder or delete it")
+    try:
+        with tempfile.TemporaryDirectory(dir=_existing_parent(output), prefix=".partial-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: {output} cannot be written ({error.strerror or error}); choose another folder"
+        ) from error
+
+
+def check_room(option: str, output: Path, need_bytes: int, what: str) -> None:
+    """Raise ConfigError unless the disk of `output` has `need_bytes` free for `what`."""
+    free_bytes = shutil.disk_usage(_existing_parent(output)).free
+    if free_bytes < need_bytes:
+        raise ConfigError(
+            f"{option}: the disk of {output} has {free_bytes / 2**20:,.0f} MiB free, and the {what} takes "
+            f"{need_bytes / 2**20:,.0f} MiB; free some space or choose another folder"
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def _flush(folder: Path) -> None:
