@@ -19,3 +19,14 @@ class DataError(ExpertuneError):
 
 class BackendError(ExpertuneError, RuntimeError):
     """An expert backend was asked for by name and cannot run where it is needed."""
+
+
+class UnsupportedModelError(ExpertuneError, ValueError):
+    """A model that would accept the name of an expert backend and ignore it.
+
+    problem: the message without the way out.
+    """
+
+    def __init__(self, problem: str, way_out: str) -> None:
+        super().__init__(f"{problem}. {way_out}")
+        self.problem = problem

@@ -19,6 +19,9 @@ def test_swiglu_is_known_and_computes_what_the_module_computes() -> None:
     assert activation_of(experts) is SWIGLU
     h_SJ = torch.randn(7, 2 * experts.intermediate_dim)
     torch.testing.assert_close(SWIGLU(h_SJ), experts._apply_gate(h_SJ), rtol=0, atol=0)
+    del experts.act_fn
+    experts.act_fn = torch.nn.functional.silu  # as LFM2 has it
+    assert activation_of(experts) is SWIGLU
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "relu2", "sigmoid"])

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import torch.nn.functional as F
 from torch import nn
 
 from expertune.ops.experts.gates import SWIGLU
@@ -30,4 +31,4 @@ def _is_default_gate(experts: nn.Module) -> bool:
 def _is_silu(function: object) -> bool:
     from transformers.activations import SiLUActivation
 
-    return type(function) in (nn.SiLU, SiLUActivation)
+    return function is F.silu or type(function) in (nn.SiLU, SiLUActivation)
