@@ -16,6 +16,7 @@ from expertune.integrations.on_import import when_imported
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "audit_adapter",
     "check_peft_model",
     "get_attention_modules",
     "get_target_parameters",
@@ -27,14 +28,16 @@ __all__ = [
 def register() -> None:
     """Register the backends and the adapter hook; done at import. Idempotent."""
     when_imported("transformers.integrations.moe", _install_experts)
+    when_imported("transformers.modeling_utils", _install_refusals)
     when_imported("peft.tuners.lora.layer", _install_adapters)
 
 
 def unregister() -> None:
     """Undo `register`: Transformers and PEFT are as if expertune had not been imported."""
-    from expertune.integrations import adapters, experts
+    from expertune.integrations import adapters, experts, refusals
 
     experts.uninstall()
+    refusals.uninstall()
     adapters.uninstall()
 
 
@@ -42,6 +45,12 @@ def _install_experts() -> None:
     from expertune.integrations import experts
 
     experts.install()
+
+
+def _install_refusals() -> None:
+    from expertune.integrations import refusals
+
+    refusals.install()
 
 
 def _install_adapters() -> None:
@@ -55,6 +64,10 @@ def __getattr__(name: str) -> Any:
         from expertune.integrations import targets
 
         return getattr(targets, name)
+    if name == "audit_adapter":
+        from expertune.integrations.audit import audit_adapter
+
+        return audit_adapter
     raise AttributeError(f"module 'expertune' has no attribute {name!r}")
 
 

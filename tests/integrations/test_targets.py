@@ -3,12 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 import expertune
 from expertune.errors import BackendError
 from expertune.integrations.backends import pick_backend, unavailable_reason
-from expertune.integrations.targets import summarise_trainable
+from expertune.integrations.targets import doubled_ranks, summarise_trainable
 from tests.integrations.test_architectures import MODELS, build
 from tests.tiny import tiny_model, with_adapter
 
@@ -55,13 +55,16 @@ def test_a_dense_model_is_refused() -> None:
         expertune.get_target_parameters(AutoModelForCausalLM.from_config(config))
 
 
-def test_experts_outside_of_the_interface_are_refused() -> None:
-    config = AutoConfig.for_model(
+def llama4() -> PreTrainedConfig:
+    return AutoConfig.for_model(
         "llama4_text", vocab_size=32, hidden_size=16, intermediate_size=16, intermediate_size_mlp=16,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2,
         moe_layers=[0],
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+
+
+def test_experts_outside_of_the_interface_are_refused() -> None:
+    model = AutoModelForCausalLM.from_config(llama4())
     with pytest.raises(ValueError, match="stores experts outside of Transformers' experts interface"):
         expertune.get_target_parameters(model)
 
@@ -85,6 +88,52 @@ def test_a_frozen_adapter_and_a_trainable_router_are_found() -> None:
     problems = expertune.check_peft_model(model)
     assert sum("has an adapter that is frozen" in problem for problem in problems) == 2
     assert "model.layers.0.mlp.gate.weight: the router's own weight is trainable" in problems
+
+
+DOUBLED = "has rank 8 where 4 was asked for: PEFT multiplied it, as target_modules name the stacked projections"
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"]])
+def test_a_rank_that_peft_doubled_is_found(modules: str | list[str]) -> None:
+    model = get_peft_model(tiny_model("expertune"), LoraConfig(r=4, target_modules=modules))
+    problems = expertune.check_peft_model(model)
+    assert doubled_ranks(model) == [f"model.layers.{layer}.mlp.experts.gate_up_proj {DOUBLED}" for layer in (0, 1)]
+    assert set(doubled_ranks(model)) <= set(problems)
+
+
+def test_a_rank_that_was_asked_for_is_no_finding() -> None:
+    for pattern in ({"gate_up_proj": 8}, {r".*layers\.0\.mlp\.experts\.gate_up_proj": 8, "down_proj": 1}):
+        assert expertune.check_peft_model(with_adapter(tiny_model("expertune"), rank_pattern=pattern)) == []
+    model = with_adapter(tiny_model("expertune"))
+    model.peft_config["default"].r = 5  # as if something had changed the ranks behind the configuration's back
+    assert len(doubled_ranks(model)) == 4
+    assert doubled_ranks(model)[0].endswith("has rank 4 where 5 was asked for")
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "gate"]])
+def test_a_router_that_is_adapted_by_accident_is_found(modules: str | list[str]) -> None:
+    model = get_peft_model(tiny_model("expertune"), LoraConfig(r=4, target_modules=modules))
+    found = [
+        line for line in expertune.check_peft_model(model) if "the router has an adapter that nobody named" in line
+    ]
+    assert [line.split(":")[0] for line in found] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert all(line.endswith("ask for mlp.gate.weight") for line in found)
+
+
+def test_a_router_that_is_adapted_on_purpose_is_no_finding() -> None:
+    model = tiny_model("expertune")
+    targets = expertune.get_target_parameters(model, router=True)
+    model = with_adapter(model, target_parameters=targets)
+    assert expertune.check_peft_model(model) == []
+    assert expertune.check_peft_model(model, targets) == []
+
+
+def test_experts_outside_of_the_interface_are_found_in_an_adapted_model() -> None:
+    model = AutoModelForCausalLM.from_config(llama4())
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    outside = "model.layers.0.feed_forward.experts is outside of Transformers' experts interface"
+    assert [line.split(":")[0] for line in expertune.check_peft_model(model)] == [outside]
+    assert expertune.check_peft_model(model, []) == [], "attention only is what one can do there"
 
 
 def test_backends_say_why_they_cannot_run() -> None:

@@ -30,6 +30,11 @@ from expertune.ops.plan import ExpertPlan, build_plan
 
 logger = logging.getLogger("expertune")
 
+# torch.compile leaves these to Python: their backward is autograd's of any function, and they ask for addresses.
+_WHY = "expertune's torch_grouped runs outside of the graphs of torch.compile"
+_grouped_expert_mlp = torch.compiler.disable(grouped_expert_mlp, reason=_WHY)
+_grouped_expert_linear = torch.compiler.disable(grouped_expert_linear, reason=_WHY)
+
 
 def install() -> None:
     """Register our backends with Transformers. Once is enough; more often does no harm."""
@@ -62,7 +67,7 @@ def experts_forward(
     up_name, down_name = projection_names(experts)
     up = read_projection(experts, up_name, active_lora(experts, up_name))
     down = read_projection(experts, down_name, active_lora(experts, down_name))
-    backend = _backend_for(implementation, hidden_states.device.type, up.weight_EYX.dtype)
+    backend = _backend_now(implementation, hidden_states.device.type, up.weight_EYX.dtype)
     # Transformers before 5.18 has no flag and may always pass sentinel ids.
     sentinels = bool(getattr(experts, "_is_expert_parallel", True))
     plan = build_plan(top_k_index, up.num_experts, sentinels=sentinels)
@@ -84,8 +89,8 @@ def _run_in_pieces(
 ) -> Tensor:
     """Projection by projection, the module's own things between them through autograd."""
     if backend == TORCH_GROUPED:
-        h_SJ = grouped_expert_linear(gather_rows(x_TH, plan), up, plan)
-        z_SH = grouped_expert_linear(activation(h_SJ), down, plan)
+        h_SJ = _grouped_expert_linear(gather_rows(x_TH, plan), up, plan)
+        z_SH = _grouped_expert_linear(activation(h_SJ), down, plan)
     else:
         from expertune.ops.experts.scattermoe.pieces import expert_linear
 
@@ -106,7 +111,7 @@ def _run(
     activation: Activation,
 ) -> Tensor:
     if backend == TORCH_GROUPED:
-        return grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
+        return _grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
     from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
 
     tile = None if torch.compiler.is_compiling() else _tile_for(plan, up, down)
@@ -129,6 +134,12 @@ def _has_more_of_its_own(experts: nn.Module) -> bool:
     names = projection_names(experts)
     known = {*names, *(f"{name}_bias" for name in names)}
     return any(p.requires_grad and name.split(".")[-1] not in known for name, p in experts.named_parameters())
+
+
+@torch.compiler.assume_constant_result
+def _backend_now(implementation: str, device_type: str, dtype: torch.dtype) -> str:
+    """`_backend_for`, which torch.compile is not to look into: it asks about devices and packages, and logs."""
+    return _backend_for(implementation, device_type, dtype)
 
 
 @cache

@@ -17,20 +17,24 @@ def get_target_parameters(model: nn.Module, *, router: bool = False) -> list[str
     """Name the parameters to pass to PEFT as `target_parameters`, so that every expert is adapted.
 
     router: also adapt the routers' weights. Returns suffixes such as "mlp.experts.gate_up_proj", sorted.
-    Raises ValueError if the model has no experts, or has experts that are not in the form of Transformers' interface.
+    Raises ValueError if the model has no experts, or only such that are not in the form of Transformers' interface, and
+    if the router was asked for and none is recognised.
     """
-    strangers = [name for name, _ in _undecorated_experts(model)]
+    experts = [(name, module) for name, module in _plain_modules(model) if is_experts_module(module)]
+    strangers = [] if experts else [name for name, _ in _undecorated_experts(model)]  # beside them, shared experts
     if strangers:
         raise ValueError(
             f"{type(model).__name__}: {strangers[0]} ({len(strangers)} such) stores experts outside of Transformers' "
             "experts interface, so no expert backend applies to it; adapt attention only (target_parameters=[])"
         )
-    experts = [(name, module) for name, module in _plain_modules(model) if is_experts_module(module)]
     if not experts:
         raise ValueError(f"{type(model).__name__} has no experts: it is not a Mixture-of-Experts model")
     targets = {f"{_suffix(name)}.{parameter}" for name, module in experts for parameter in projection_names(module)}
     if router:
-        targets |= {f"{_suffix(name)}.weight" for name, _ in _routers(model)}
+        found = {f"{_suffix(name)}.weight" for name, _, _ in routers(model)}
+        if not found:
+            raise ValueError(f"{type(model).__name__}: its router is none that is recognised; name its weight yourself")
+        targets |= found
     return sorted(targets)
 
 
@@ -87,10 +91,20 @@ def check_peft_model(model: nn.Module, target_parameters: list[str] | None = Non
     """List what is wrong with a PEFT model's adapters on experts; an empty list is good.
 
     target_parameters: the suffixes that were asked for; None: both projections of every expert.
-    Finds: an expert projection without a trainable adapter, and a router's base weight that trains by accident.
+    Finds: an expert projection without a trainable adapter; experts outside of Transformers' experts interface, to
+    which no backend applies; a rank that PEFT doubled (`doubled_ranks`); a router's base weight that trains, and a
+    router whose adapter nobody named: PEFT adds one where `target_modules` is "all-linear", or is a list with the name
+    that the router had in Transformers 4.
     """
-    wanted = tuple(get_target_parameters(model) if target_parameters is None else target_parameters)
+    strangers = [] if any(_experts_with_wrappers(model)) else [name for name, _ in _undecorated_experts(model)]
+    if target_parameters is not None:
+        wanted = tuple(target_parameters)
+    else:
+        wanted = () if strangers else tuple(get_target_parameters(model))
     problems = []
+    if strangers and (target_parameters is None or target_parameters):
+        problems += [f"{name} is outside of Transformers' experts interface: no expert backend applies to it"
+                     for name in strangers]  # fmt: skip
     for name, experts, wrappers in _experts_with_wrappers(model):
         for parameter in projection_names(experts):
             if not f"{name}.{parameter}".endswith(tuple(f".{target}" for target in wanted)):
@@ -100,13 +114,70 @@ def check_peft_model(model: nn.Module, target_parameters: list[str] | None = Non
                 problems.append(f"{name}.{parameter} was asked for and has no adapter")
             elif not all(weight.requires_grad for weight in _adapter_weights(wrapper)):
                 problems.append(f"{name}.{parameter} has an adapter that is frozen")
-    problems += [
-        f"{name}.{parameter_name}: the router's own weight is trainable"
-        for name, router in _routers(model)
-        for parameter_name, parameter in router.named_parameters(recurse=False)
-        if parameter.requires_grad
-    ]
+    problems += doubled_ranks(model)
+    for name, router, _ in routers(model):
+        problems += [
+            f"{name}.{own}: the router's own weight is trainable"
+            for own, weight in router.named_parameters(recurse=False)
+            if weight.requires_grad
+        ]
+        if _is_adapted(model, name) and not _router_was_named(model, name, wanted):
+            problems.append(
+                f"{name}: the router has an adapter that nobody named. PEFT adds it for target_modules that are "
+                f'"all-linear" or have its old name; if you want it, ask for {_suffix(name)}.weight'
+            )
     return problems
+
+
+def doubled_ranks(model: nn.Module) -> list[str]:
+    """List the expert projections whose adapters do not have the rank of their configuration.
+
+    PEFT (0.21) turns `target_modules` with the experts' old names (gate_proj and up_proj, or w1 and w3; "all-linear" is
+    taken to contain them) into the stacked parameter, doubles its rank and alpha, and writes both into the
+    configuration's patterns. That is right for an adapter from Transformers 4, and is not what a new one was asked for.
+    """
+    from peft.utils.other import get_pattern_key
+
+    problems = []
+    for name, _, wrappers in _experts_with_wrappers(model):
+        for parameter, wrapper in wrappers.items():
+            for adapter, rank in wrapper.r.items():
+                config: Any = getattr(model, "peft_config", {}).get(adapter)
+                if config is None:
+                    continue
+                patterns = config.rank_pattern
+                key = get_pattern_key(patterns.keys(), f"{name}.{parameter}")
+                is_pefts_own = key == rf".*\.{parameter}" and patterns.get(key) in (2 * config.r, 3 * config.r)
+                asked = config.r if is_pefts_own else patterns.get(key, config.r)
+                if rank != asked:
+                    problems.append(
+                        f"{name}.{parameter} has rank {rank} where {asked} was asked for"
+                        + (
+                            ": PEFT multiplied it, as target_modules name the stacked projections"
+                            if is_pefts_own
+                            else ""
+                        )
+                    )
+    return problems
+
+
+def _is_adapted(model: nn.Module, name: str) -> bool:
+    """Whether PEFT has put an adapter around or into the module with this plain name."""
+    return any(plain == f"{name}.lora_A" for plain, _ in _plain_modules(model))
+
+
+def _router_was_named(model: nn.Module, name: str, wanted: tuple[str, ...]) -> bool:
+    configs = list(getattr(model, "peft_config", {}).values())
+    parameters = {each for config in configs for each in getattr(config, "target_parameters", None) or ()}
+    parameters -= {"gate.weight"}  # PEFT's own word for it, where it turned target_modules into parameters
+    modules = {
+        each
+        for config in configs
+        if isinstance(targets := getattr(config, "target_modules", None), (set, list, tuple))
+        for each in targets
+    } - {name}  # a whole name is what "all-linear" becomes
+    matches = [f"{name}.weight".endswith(f".{each}") for each in {*wanted, *parameters}]
+    return any(matches) or any(name.endswith(f".{each}") for each in modules)
 
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -138,8 +209,8 @@ def _adapter_weights(wrapper: Any) -> list[Tensor]:
     ]
 
 
-def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The routers: siblings of an experts module that hold a 2-D weight [experts, hidden]."""
+def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """The routers: siblings of an experts module that hold a 2-D weight [experts, hidden]; each with its experts."""
     modules = dict(_plain_modules(model))
     seen = set()
     for name, module in list(modules.items()):
@@ -147,13 +218,13 @@ def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         block = name.rpartition(".")[0]
         num_experts = getattr(module, projection_names(module)[0]).shape[0]
-        for sibling in ("gate", "router", "router.layer", "gate.wg"):
+        for sibling in ("gate", "router", "router.layer", "router.gate", "router.proj", "gate.wg"):
             router = modules.get(f"{block}.{sibling}")
             weight = getattr(router, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == num_experts:
                 if id(router) not in seen and isinstance(router, nn.Module):
                     seen.add(id(router))
-                    yield f"{block}.{sibling}", router
+                    yield f"{block}.{sibling}", router, module
                 break
 
 
@@ -189,7 +260,7 @@ def _parts_by_module(model: nn.Module) -> dict[str, str]:
             parts[name] = "embeddings and head"
         elif words[-1] in ("mlp", "feed_forward"):
             parts[name] = "dense mlp"
-    return parts | {name: "router" for name, _ in _routers(model)}
+    return parts | {name: "router" for name, _, _ in routers(model)}
 
 
 def _prefixes(name: str) -> Iterator[str]:

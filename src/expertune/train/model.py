@@ -1,6 +1,7 @@
 """Tokenizer, base model and adapter, as the configuration asks for them."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import expertune
-from expertune.errors import ConfigError
+from expertune.errors import ConfigError, UnsupportedModelError
+from expertune.integrations.targets import doubled_ranks
 from expertune.train.config import TrainConfig
 from expertune.train.config.problems import nearest
 from expertune.train.data import CHATML, CHATML_TOKENS
@@ -56,19 +58,28 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: TrainConfig) -> PreTrainedModel:
-    """Load the base model in its dtype, on the GPU if there is one, with the experts on our backend."""
-    kwargs: dict[str, Any] = {"experts_implementation": config.experts_implementation}
+def load_model(config: TrainConfig, *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """Load the base model, on the GPU if there is one, with the experts on our backend.
+
+    dtype: "auto" is that of the checkpoint; None: that of `compute_dtype`.
+    """
+    kwargs: dict[str, Any] = {
+        "dtype": compute_dtype(config) if dtype is None else dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "output_loading_info": True,
+    }
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
+    load = partial(AutoModelForCausalLM.from_pretrained, config.base_model, **kwargs)
     with naming("base_model", config.base_model):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            config.base_model,
-            dtype=compute_dtype(config),
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            **kwargs,
-        )
+        try:
+            model, loading = load(experts_implementation=config.experts_implementation)
+        except UnsupportedModelError as error:
+            if config.lora_target_parameters != []:
+                raise ConfigError(
+                    f"base_model: {error.problem}; lora_target_parameters: [] adapts attention only"
+                ) from error
+            model, loading = load()
     missing = sorted(loading["missing_keys"])
     if missing:  # Transformers fills them with random numbers
         raise ConfigError(
@@ -107,6 +118,8 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
             raise ConfigError(f"lora_target_modules, lora_target_parameters: {error}") from error
     wanted = parameters if parameters is not None else list(peft_model.active_peft_config.target_parameters or ())
     problems = expertune.check_peft_model(peft_model, wanted)
+    if config.lora_model_dir is not None:  # one from Transformers 4 needs the ranks that PEFT doubles for it
+        problems = [line for line in problems if line not in doubled_ranks(peft_model)]
     if problems:
         raise ConfigError("the adapter is not what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
     return peft_model

@@ -1,0 +1,98 @@
+"""PEFT's adapter of a router's weight [E, H], applied as a second linear in fp32 instead of folded into the weight:
+
+    logits = F.linear(x, W) + s F.linear(F.linear(x, A), B)        x, A, B in fp32, the sum rounded to the logits' dtype
+
+PEFT forms `W + s B A` in the dtype of W. In bf16 that rounds away what an adapter changes, where a router needs it
+most, and where W is a DTensor it cannot be formed with A and B that are none.
+
+Routers return different things (logits, or scores and indices that were chosen from them), so the sum must be made
+inside of their forward. All of them give their weight, as it is or cast to fp32, to `F.linear`; a `TorchFunctionMode`
+that is active in this thread during this forward sees that call. It leaves alone what does not involve the weight, and
+whatever else is done with the weight gets `W + s B A` as PEFT forms it. `torch.compile` traces the mode.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from expertune.integrations.notices import warn_once
+from expertune.ops.experts.types import ExpertLora
+
+_CASTS = (torch.Tensor.float, torch.Tensor.type, torch.Tensor.to)
+
+
+class SecondLinear(TorchFunctionMode):
+    """Within it, `F.linear` on one router's weight also applies adapters.
+
+    weight: [E, H]. loras: a [1, R, H] and b [1, E, R], any number. fold: gives `W + s B A` of all of them, as PEFT
+    does. name: how to call the router in a warning. applied: whether the weight has been used in a way that was seen.
+    """
+
+    def __init__(self, weight: Tensor, loras: Sequence[ExpertLora], fold: Callable[[], Tensor], name: str) -> None:
+        super().__init__()
+        self.same_weight = [weight]  # and its casts
+        self.loras, self.fold, self.name = loras, fold, name
+        self.applied = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not isinstance(out, Tensor):  # a shape, a dtype, a device
+            return out
+        if func is F.linear:
+            x, weight = _linear_operands(*args, **kwargs)
+            if self._is_weight(weight):
+                self.applied = True
+                return add_second_linear(out, x, self.loras)
+            return out
+        if not any(self._is_weight(value) for value in (*args, *kwargs.values())):
+            return out
+        if func in _CASTS:
+            self.same_weight.append(out)
+            return out
+        self.applied = True
+        warn_once(
+            f"expertune leaves the adapter of a router to PEFT's fold: {self.name} uses its weight in "
+            f"{getattr(func, '__name__', func)}, not in F.linear alone"
+        )
+        folded = self.fold()
+        kwargs = dict(zip(kwargs, self._replaced(kwargs.values(), folded), strict=True))
+        return func(*self._replaced(args, folded), **kwargs)
+
+    def _is_weight(self, value: object) -> bool:
+        return any(value is weight for weight in self.same_weight)
+
+    def _replaced(self, values: Any, folded: Tensor) -> list[Any]:
+        return [folded.to(value.dtype) if self._is_weight(value) else value for value in values]
+
+
+def add_second_linear(logits: Tensor, x: Tensor, loras: Sequence[ExpertLora]) -> Tensor:
+    """`logits + sum of s B A x`, computed in fp32 and rounded to the dtype of the logits.
+
+    logits: [..., E]. x: [..., H]; a DTensor takes plain adapters as replicated. loras: a [1, R, H], b [1, E, R].
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = logits.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        for lora in loras:
+            a_RH, b_ER = (_beside(x, factor[0].to(dtype)) for factor in (lora.a_ERX, lora.b_EYR))
+            total = total + F.linear(F.linear(x.to(dtype), a_RH), b_ER) * lora.scaling
+    return total.to(logits.dtype)
+
+
+def _linear_operands(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return input, weight
+
+
+def _beside(x: Tensor, factor: Tensor) -> Tensor:
+    """The factor as x needs it: a DTensor on x's mesh where x is one."""
+    mesh = getattr(x, "device_mesh", None)
+    if mesh is None or hasattr(factor, "device_mesh"):
+        return factor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
