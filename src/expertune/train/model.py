@@ -121,7 +121,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     if config.lora_model_dir is not None:  # one from Transformers 4 needs the ranks that PEFT doubles for it
         problems = [line for line in problems if line not in doubled_ranks(peft_model)]
     if problems:
-        raise ConfigError("the adapter is not what was asked for:\n" + "\n".join(f"  {line}" for line in problems))
+        lines = "\n".join(f"  {line}" for line in problems)
+        way_out = ""
+        if config.lora_target_modules is not None:
+            way_out = "\nWithout lora_target_modules attention is adapted, and the experts by lora_target_parameters"
+        raise ConfigError(f"the adapter is not what was asked for:\n{lines}{way_out}")
     return peft_model
 
 
