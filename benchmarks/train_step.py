@@ -39,7 +39,7 @@ from transformers.trainer_callback import TrainerCallback
 
 import expertune
 from environment import environment
-from expertune.integrations.backends import unavailable_reason
+from expertune.layers.backends import unavailable_reason
 
 RANK = 16
 BATCH_SIZE = 2

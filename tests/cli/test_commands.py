@@ -6,7 +6,7 @@ import re
 import pytest
 
 import expertune
-from expertune.integrations.backends import AUTO, BACKENDS, pick_backend, unavailable_reason
+from expertune.layers.backends import AUTO, BACKENDS, pick_backend, unavailable_reason
 from expertune.train.config import iter_keys
 from tests.cli.calling import call, call_alone
 

@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 import expertune
 from expertune.integrations import experts
+from expertune.layers import running
 from tests.comparing import relative_error
 from tests.integrations.test_adapter_shapes import BOTH, GRADIENT, OUTPUT, ROUTER, assert_same, everything
 from tests.tiny import VOCAB, tiny_model, with_adapter
@@ -257,10 +258,10 @@ def test_torch_compile(ids: Tensor, tokens_of_calls: list[int]) -> None:
 @pytest.fixture
 def kernels_can_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In Triton's interpreter, where there is no GPU."""
-    monkeypatch.setattr(experts, "unavailable_reason", lambda name, device_type: None)
-    experts._backend_for.cache_clear()
+    monkeypatch.setattr(running, "unavailable_reason", lambda *_, **__: None)
+    running._backend_for.cache_clear()
     yield
-    experts._backend_for.cache_clear()
+    running._backend_for.cache_clear()
 
 
 @pytest.mark.usefixtures("kernels_can_run")

@@ -13,8 +13,8 @@ from transformers.models.mixtral import modeling_mixtral
 
 import expertune
 from expertune.errors import ConfigError, UnsupportedModelError
-from expertune.integrations.backends import IMPLEMENTATIONS
 from expertune.integrations.refusals import experts_outside_of_the_interface
+from expertune.layers.backends import IMPLEMENTATIONS
 from expertune.train.config import TrainConfig
 from expertune.train.model import load_model
 from tests.integrations.architectures import architectures, modeling_files, outsiders

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
-from expertune.integrations import experts as experts_module
+from expertune.layers import running
 from expertune.ops.experts.scattermoe import mlp, pieces
 from tests.comparing import relative_error
 from tests.integrations.test_architectures import MODELS, build
@@ -26,10 +26,10 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 @pytest.fixture(autouse=True)
 def _it_can_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if DEVICE == "cpu":
-        monkeypatch.setattr(experts_module, "unavailable_reason", lambda name, device_type: None)
-    experts_module._backend_for.cache_clear()
+        monkeypatch.setattr(running, "unavailable_reason", lambda *_, **__: None)
+    running._backend_for.cache_clear()
     yield
-    experts_module._backend_for.cache_clear()
+    running._backend_for.cache_clear()
 
 
 def loss_and_gradients(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 import expertune
 from expertune.errors import BackendError
-from expertune.integrations.backends import pick_backend, unavailable_reason
 from expertune.integrations.targets import doubled_ranks, summarise_trainable
+from expertune.layers.backends import pick_backend, unavailable_reason
 from tests.integrations.test_architectures import MODELS, build
 from tests.tiny import tiny_model, with_adapter
 
@@ -162,7 +162,7 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("expertune.integrations.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("expertune.layers.backends.find_spec", lambda name: None)
     assert "needs the package triton, which is not installed" in str(unavailable_reason("scattermoe"))
     assert pick_backend("cuda") == "torch_grouped"
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 import expertune
-from expertune.integrations.backends import AUTO, BACKENDS, pick_backend, unavailable_reason
+from expertune.layers.backends import AUTO, BACKENDS, pick_backend, unavailable_reason
 
 PACKAGES = (
     "torch",

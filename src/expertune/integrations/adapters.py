@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from expertune.errors import BackendError
-from expertune.integrations.backends import IMPLEMENTATIONS
 from expertune.integrations.notices import warn_once
 from expertune.integrations.routers import SecondLinear
 from expertune.integrations.targets import routers
+from expertune.layers.backends import IMPLEMENTATIONS
 from expertune.layers.layout import is_experts_module, lora_from_peft, projection_names, sum_loras
 from expertune.ops.experts.types import ExpertLora
 

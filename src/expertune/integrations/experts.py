@@ -4,36 +4,25 @@ Transformers calls `fn(experts_module, hidden_states [T, H], top_k_index [T, K],
 every experts class with its decorator, and the module's flags say how the weights are stored.
 """
 
-import logging
-from functools import cache, partial
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from expertune.errors import BackendError
 from expertune.integrations.adapters import active_lora
-from expertune.integrations.backends import (
-    AUTO,
-    IMPLEMENTATIONS,
-    TORCH_GROUPED,
-    pick_backend,
-    unavailable_reason,
-)
 from expertune.integrations.gates import activation_of
 from expertune.integrations.tuned import tuned_tile
+from expertune.layers.backends import IMPLEMENTATIONS, TORCH_GROUPED
 from expertune.layers.layout import projection_names, read_projection
+from expertune.layers.running import WHY_NOT_COMPILED, backend_for, run_expert_mlp
 from expertune.ops.experts.scattermoe.tiling import LinearTile
-from expertune.ops.experts.torch_grouped import combine_rows, gather_rows, grouped_expert_linear, grouped_expert_mlp
+from expertune.ops.experts.torch_grouped import combine_rows, gather_rows, grouped_expert_linear
 from expertune.ops.experts.types import Activation, ExpertProjection
 from expertune.ops.plan import ExpertPlan, build_plan
 
-logger = logging.getLogger("expertune")
-
-# torch.compile leaves these to Python: their backward is autograd's of any function, and they ask for addresses.
-_WHY = "expertune's torch_grouped runs outside of the graphs of torch.compile"
-_grouped_expert_mlp = torch.compiler.disable(grouped_expert_mlp, reason=_WHY)
-_grouped_expert_linear = torch.compiler.disable(grouped_expert_linear, reason=_WHY)
+# torch.compile leaves this to Python: its backward is autograd's of any function, and it asks for addresses.
+_grouped_expert_linear = torch.compiler.disable(grouped_expert_linear, reason=WHY_NOT_COMPILED)
 
 
 def install() -> None:
@@ -67,7 +56,7 @@ def experts_forward(
     up_name, down_name = projection_names(experts)
     up = read_projection(experts, up_name, active_lora(experts, up_name))
     down = read_projection(experts, down_name, active_lora(experts, down_name))
-    backend = _backend_now(implementation, hidden_states.device.type, up.weight_EYX.dtype)
+    backend = backend_for(implementation, hidden_states.device.type, up.weight_EYX.dtype, "experts_implementation")
     # Transformers before 5.18 has no flag and may always pass sentinel ids.
     sentinels = bool(getattr(experts, "_is_expert_parallel", True))
     plan = build_plan(top_k_index, up.num_experts, sentinels=sentinels)
@@ -110,12 +99,9 @@ def _run(
     down: ExpertProjection,
     activation: Activation,
 ) -> Tensor:
-    if backend == TORCH_GROUPED:
-        return _grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
-    from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
-
-    tile = None if torch.compiler.is_compiling() else _tile_for(plan, up, down)
-    return scattermoe_expert_mlp(x_TH, weights_TK, plan, up, down, activation, tile=tile)
+    ask_for_tile = backend != TORCH_GROUPED and not torch.compiler.is_compiling()
+    tile = _tile_for(plan, up, down) if ask_for_tile else None
+    return run_expert_mlp(backend, x_TH, weights_TK, plan, up, down, activation, tile=tile)
 
 
 def _tile_for(plan: ExpertPlan, up: ExpertProjection, down: ExpertProjection) -> LinearTile | None:
@@ -134,22 +120,3 @@ def _has_more_of_its_own(experts: nn.Module) -> bool:
     names = projection_names(experts)
     known = {*names, *(f"{name}_bias" for name in names)}
     return any(p.requires_grad and name.split(".")[-1] not in known for name, p in experts.named_parameters())
-
-
-@torch.compiler.assume_constant_result
-def _backend_now(implementation: str, device_type: str, dtype: torch.dtype) -> str:
-    """`_backend_for`, which torch.compile is not to look into: it asks about devices and packages, and logs."""
-    return _backend_for(implementation, device_type, dtype)
-
-
-@cache
-def _backend_for(implementation: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs for a name on a kind of device; said once for each."""
-    if implementation != AUTO:
-        reason = unavailable_reason(implementation, device_type)
-        if reason is not None:
-            raise BackendError(f"experts_implementation={implementation!r}: {reason}")
-        return implementation
-    backend = pick_backend(device_type) if dtype != torch.float64 else TORCH_GROUPED  # kernels know no fp64
-    logger.info("experts on %s run on the backend %s", device_type, backend)
-    return backend

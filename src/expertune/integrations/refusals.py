@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from expertune.errors import UnsupportedModelError
-from expertune.integrations.backends import IMPLEMENTATIONS
+from expertune.layers.backends import IMPLEMENTATIONS
 from expertune.layers.layout import is_experts_module
 
 _EXPERTS_NAME = re.compile(r"(Experts|MoE|Moe)$")

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from expertune.integrations.notices import warn_once
 from expertune.ops.experts.types import ExpertLora
+from expertune.ops.routing.router import add_second_linear
 
 _CASTS = (torch.Tensor.float, torch.Tensor.type, torch.Tensor.to)
 
@@ -70,29 +71,5 @@ class SecondLinear(TorchFunctionMode):
         return [folded.to(value.dtype) if self._is_weight(value) else value for value in values]
 
 
-def add_second_linear(logits: Tensor, x: Tensor, loras: Sequence[ExpertLora]) -> Tensor:
-    """`logits + sum of s B A x`, computed in fp32 and rounded to the dtype of the logits.
-
-    logits: [..., E]. x: [..., H]; a DTensor takes plain adapters as replicated. loras: a [1, R, H], b [1, E, R].
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    total = logits.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        for lora in loras:
-            a_RH, b_ER = (_beside(x, factor[0].to(dtype)) for factor in (lora.a_ERX, lora.b_EYR))
-            total = total + F.linear(F.linear(x.to(dtype), a_RH), b_ER) * lora.scaling
-    return total.to(logits.dtype)
-
-
 def _linear_operands(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return input, weight
-
-
-def _beside(x: Tensor, factor: Tensor) -> Tensor:
-    """The factor as x needs it: a DTensor on x's mesh where x is one."""
-    mesh = getattr(x, "device_mesh", None)
-    if mesh is None or hasattr(factor, "device_mesh"):
-        return factor
-    from torch.distributed.tensor import DTensor, Replicate
-
-    return DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -14,7 +14,7 @@ import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from expertune.files import write_whole
-from expertune.integrations.backends import AUTO, pick_backend
+from expertune.layers.backends import AUTO, pick_backend
 from expertune.ops.records import KernelRecord, KernelRecorder, gpu_facts
 
 KERNELS = "kernels.json"

@@ -15,9 +15,9 @@ from transformers import TrainerCallback, set_seed
 from expertune.errors import ConfigError, ExpertuneError, Interrupted
 from expertune.files import write_whole
 from expertune.integrations.audit import AdapterAudit, audit
-from expertune.integrations.backends import AUTO, pick_backend
 from expertune.integrations.saved_adapter import read_adapter
 from expertune.integrations.targets import summarise_trainable
+from expertune.layers.backends import AUTO, pick_backend
 from expertune.train.arguments import set_intervals, sft_config
 from expertune.train.callbacks import ShowProgress, StopOnSignal, Stopped
 from expertune.train.config import TrainConfig, resolved_yaml, wandb_environment

@@ -21,7 +21,7 @@ _TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
 
 def experts_backend_problem(name: str) -> str | None:
     """Why an expert backend of expertune's cannot run on this machine, or None if it can."""
-    from expertune.integrations.backends import unavailable_reason
+    from expertune.layers.backends import unavailable_reason
 
     return unavailable_reason(name)
 

@@ -38,10 +38,13 @@ IMPLEMENTATIONS = (AUTO, *(backend.name for backend in BACKENDS if backend.relea
 """The names that expertune registers with Transformers."""
 
 
-def unavailable_reason(name: str, device_type: str | None = None) -> str | None:
-    """Say why a backend cannot run, or None if it can.
+def unavailable_reason(
+    name: str, device_type: str | None = None, *, setting: str = "experts_implementation"
+) -> str | None:
+    """Say why a backend cannot run, and the way out; None if it can.
 
     name: a backend's name, or "expertune", which always can. device_type: "cpu" or "cuda"; None: what this machine has.
+    setting: what the person sets to choose a backend.
     Raises ValueError for a name that is no backend of expertune's.
     """
     if name == AUTO:
@@ -53,7 +56,7 @@ def unavailable_reason(name: str, device_type: str | None = None) -> str | None:
     problems += _device_problems(backend, device_type)
     if backend.package is not None and find_spec(backend.package) is None:
         problems.append(f"{name} needs the package {backend.package}, which is not installed")
-    return f"{'; '.join(problems)}. Use experts_implementation: {AUTO}" if problems else None
+    return f"{'; '.join(problems)}. Use {setting}: {AUTO}" if problems else None
 
 
 def pick_backend(device_type: str | None = None) -> str:
