@@ -116,8 +116,8 @@ class AdapterKeys(ConfigModel):
     lora_dropout: BelowOne = key(0.0, "share of an adapter's inputs dropped; must be 0 when experts are adapted")
     lora_target_modules: Targets | None = key(
         None,
-        "linear layers to adapt: names, a regular expression, or all-linear, which on some models hits the router "
-        "(default: the attention projections; []: none)",
+        "linear layers to adapt: names, a regular expression, or all-linear, which is refused where PEFT then "
+        "doubles the experts' rank or adapts the router (default: the attention projections; []: none)",
     )
     lora_target_parameters: Texts | None = key(
         None, "expert parameters to adapt, e.g. mlp.experts.gate_up_proj (default: all of every expert; []: none)"
