@@ -68,7 +68,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_omni_moe": {"shared_expert_intermediate_size": 16},
     "qwen4_exp": {
-        "layer_types": ["linear_attention", "indexed_attention"],
+        "layer_types": ["linear_attention", "full_attention"],
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
