@@ -17,7 +17,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 endif
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Without --no-compile pip compiles every file of torch and Transformers, a minute; imports compile what they need.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: quickstart test check setup clean
 
