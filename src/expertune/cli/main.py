@@ -88,12 +88,9 @@ def evaluate(config: ConfigOrRun, adapter: Adapter = None, overrides: Overrides 
     """Compute the held-out loss of the base model and of the adapter."""
     console = Output()
     with reporting_errors():
-        from expertune.cli.quiet import quiet_libraries
         from expertune.train.evaluate import evaluate as run_evaluation
-        from expertune.train.use import config_of
 
-        quiet_libraries()
-        settings = config_of(config, overrides or [])
+        settings = _settings_of(config, overrides)
         losses = run_evaluation(settings, console, adapter=_adapter_of(settings, adapter))
         console.print(f"held-out loss of the base model    {losses['base']:.4f}")
         console.print(f"held-out loss with the adapter     {losses['adapter']:.4f}")
@@ -114,16 +111,14 @@ def generate(
     """Answer one prompt, or hold a chat (an empty line or Ctrl-D ends it)."""
     console = Output()
     with reporting_errors():
-        from expertune.cli.quiet import quiet_libraries
         from expertune.train.generation import reply
-        from expertune.train.use import config_of, load_for_use
+        from expertune.train.use import load_for_use
 
-        quiet_libraries()
         if prompt is not None and not prompt.strip():
             raise ConfigError("--prompt: is empty; give a text, or leave --prompt out to chat")
         if base and adapter is not None:
             raise ConfigError("--base, --adapter: one asks for no adapter, the other names one; remove one of them")
-        settings = config_of(config, overrides or [])
+        settings = _settings_of(config, overrides)
         loaded = load_for_use(settings, adapter=None if base else _adapter_of(settings, adapter))
         stop_tokens = tuple(settings.eot_tokens or ())
 
@@ -160,12 +155,9 @@ def merge(
     """Merge the adapter into a full checkpoint, and check it against the unmerged model."""
     console = Output()
     with reporting_errors():
-        from expertune.cli.quiet import quiet_libraries
         from expertune.train.merge import merge as run_merge
-        from expertune.train.use import config_of
 
-        quiet_libraries()
-        settings = config_of(config, overrides or [])
+        settings = _settings_of(config, overrides)
         report = run_merge(settings, _adapter_of(settings, adapter), output)
         console.print(
             f"merged into {report.folder}; read back, its logits differ from the unmerged model's by "
@@ -188,12 +180,9 @@ def export(
     """Write the adapter as per-expert LoRA for vLLM or SGLang (docs/export.md)."""
     console = Output()
     with reporting_errors():
-        from expertune.cli.quiet import quiet_libraries
         from expertune.train.export import export as run_export
-        from expertune.train.use import config_of
 
-        quiet_libraries()
-        settings = config_of(config, overrides or [])
+        settings = _settings_of(config, overrides)
         report = run_export(settings, _adapter_of(settings, adapter), output, server.value)
         console.print(
             f"wrote {report.folder} in the format that {report.read} reads: {report.num_tensors} tensors, "
@@ -210,13 +199,10 @@ def audit(config: ConfigOrRun, adapter: Adapter = None, overrides: Overrides = N
     """Look for missing or broken expert adapters, and for experts that never received a token."""
     console = Output()
     with reporting_errors():
-        from expertune.cli.quiet import quiet_libraries
         from expertune.integrations.audit import audit as audit_saved
         from expertune.train.export import open_saved
-        from expertune.train.use import config_of
 
-        quiet_libraries()
-        settings = config_of(config, overrides or [])
+        settings = _settings_of(config, overrides)
         found = audit_saved(open_saved(settings, _adapter_of(settings, adapter)))
         if found.problems:
             raise ExpertuneError("the adapter is not whole:\n" + "\n".join(f"  {line}" for line in found.problems))
@@ -252,6 +238,15 @@ def show_config(
             print_json_schema()
         else:
             print_config_keys(Output(), key)
+
+
+def _settings_of(config: Path, overrides: list[str] | None) -> "TrainConfig":
+    """The configuration of a run that is put to use, once the libraries are quiet."""
+    from expertune.cli.quiet import quiet_libraries
+    from expertune.train.use import config_of
+
+    quiet_libraries()
+    return config_of(config, overrides or [])
 
 
 def _adapter_of(settings: "TrainConfig", given: Path | None) -> Path:

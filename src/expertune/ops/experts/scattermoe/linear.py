@@ -77,13 +77,12 @@ def _tile(
     for k in tl.range(0, num_in, BLOCK_X):
         if X_DESCRIPTOR:
             x = x_desc.load([first_row, k])
-        else:
-            if WHOLE:  # a mask, or an address computed anew in each step, costs a wide tile 4 %
-                x = tl.load(x_ptrs)
-                x_ptrs += BLOCK_X
-            else:  # rows that are not loaded make a half or a narrow tile faster: loads bound it
-                mask = in_rows[:, None] & (k + steps < num_in)[None, :]
-                x = tl.load(x_row_ptrs + (k + steps)[None, :], mask=mask, other=0.0)
+        elif WHOLE:  # a mask, or an address computed anew in each step, costs a wide tile 4 %
+            x = tl.load(x_ptrs)
+            x_ptrs += BLOCK_X
+        else:  # rows that are not loaded make a half or a narrow tile faster: loads bound it
+            mask = in_rows[:, None] & (k + steps < num_in)[None, :]
+            x = tl.load(x_row_ptrs + (k + steps)[None, :], mask=mask, other=0.0)
         if not W_DESCRIPTOR:
             w_ptrs = w_ptr + expert.to(tl.int64) * stride_w_expert
             w_ptrs += (k + steps).to(tl.int64)[:, None] * stride_w_in + columns.to(tl.int64)[None, :] * stride_w_out
