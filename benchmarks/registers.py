@@ -1,6 +1,7 @@
 """Registers, spills and shared memory of the projection kernel, compiled for a GPU that need not be there.
 
-    python benchmarks/registers.py                # sm_90, bf16, rank 16 and 64, the tile that `pick_tile` takes
+    python benchmarks/registers.py                # sm_90, bf16, rank 16 and 64, the tile of the table
+    python benchmarks/registers.py --hopper       # the kernel written for Hopper, which has one tile
     python benchmarks/registers.py --capability 80 --tile 128 128 32 --warps 8 --stages 3 --no-descriptors
 
 A spill shows here in seconds, before a GPU is asked for: each byte of it is a trip to memory in the main loop. ptxas is
@@ -18,9 +19,12 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from expertune.ops.experts.scattermoe.hopper import NUM_WARPS, _hopper_linear_kernel
 from expertune.ops.experts.scattermoe.linear import BLOCK_RANK, GROUP_TILES, _expert_linear_kernel
-from expertune.ops.experts.scattermoe.tiling import LinearTile
+from expertune.ops.experts.scattermoe.tiling import HOPPER_TILE, LinearTile
 
 POINTERS = {
     "x_ptr": "*bf16", "row_index_ptr": "*i64", "w_ptr": "*bf16", "u_ptr": "*bf16", "lora_b_ptr": "*bf16",
@@ -59,6 +63,33 @@ def arguments(tile: LinearTile, rank: int, gather: bool, transposed: bool) -> tu
     return types, constants
 
 
+def hopper_arguments(rank: int, gather: bool, transposed: bool, bias: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """`arguments` for the kernel of `hopper`."""
+
+    def descriptor(*block: int) -> str:
+        return f"tensordesc<bf16{list(block)},{gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)!r}>"
+
+    rows, columns, step = HOPPER_TILE
+    types = {name: kind for name, kind in POINTERS.items() if name not in ("w_ptr", "lora_b_ptr", "out_ptr")}
+    types |= {
+        "scaling": "fp32", "bias_ptr": "*bf16", "x_desc": descriptor(rows, step),
+        "w_desc": descriptor(step, columns) if transposed else descriptor(columns, step),
+        "b_desc": descriptor(rank, columns) if transposed else descriptor(columns, rank),
+        "out_desc": descriptor(1, 1, rows, columns // 2),
+    }  # fmt: skip
+    constants: dict[str, Any] = {
+        "GATHER": gather, "HAS_BIAS": bias, "RANK": rank, "TRANSPOSED": transposed, "B_TRANSPOSED": transposed,
+        "DTYPE": gl.bfloat16,
+    }  # fmt: skip
+    for name in ([] if bias else ["bias_ptr"]) + (["x_desc"] if gather else ["row_index_ptr"]):
+        types.pop(name)
+        constants[name] = None
+    for name in _hopper_linear_kernel.arg_names:
+        if name not in types and name not in constants:
+            types[name] = "i32"
+    return types, constants
+
+
 def assemble(ptx: str, arch: str) -> str:
     """What ptxas says: of the ones that Triton brings, the first that knows this version of PTX."""
     complaints = []
@@ -74,20 +105,21 @@ def assemble(ptx: str, arch: str) -> str:
     raise SystemExit("\n".join(complaints) or "Triton brings no ptxas here")
 
 
-def compile_and_read(types: dict[str, str], constants: dict[str, Any], tile: LinearTile, capability: int) -> str:
+def compile_and_read(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], capability: int
+) -> str:  # fmt: skip
     """Compile one variant and say what ptxas says."""
-    names = _expert_linear_kernel.arg_names
-    source = ASTSource(
-        _expert_linear_kernel,
+    names = kernel.arg_names
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        kernel,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in DIVISIBLE_BY_16 if name in types},
     )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    said = assemble(kernel.asm["ptx"], f"sm_{capability}" + ("a" if capability >= 90 else ""))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    said = assemble(compiled.asm["ptx"], f"sm_{capability}" + ("a" if capability >= 90 else ""))
     registers, spills = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill stores", said)
-    return f"{registers[0]:>4} registers {spills[0]:>6} B spilled {kernel.metadata.shared:>7} B shared"
+    return f"{registers[0]:>4} registers {spills[0]:>6} B spilled {compiled.metadata.shared:>7} B shared"
 
 
 def main() -> None:
@@ -98,8 +130,10 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=(16, 64))
     parser.add_argument("--no-descriptors", action="store_true")
+    parser.add_argument("--hopper", action="store_true")
+    parser.add_argument("--bias", action="store_true", help="with --hopper")
     given = parser.parse_args()
-    for halves in (False, True):
+    for halves in (True,) if given.hopper else (False, True):
         tile = LinearTile(
             *given.tile, given.warps, given.stages, descriptors=not given.no_descriptors, halves=halves
         )  # fmt: skip
@@ -107,8 +141,16 @@ def main() -> None:
             for name, gather, transposed in (
                 ("up", True, False), ("down", False, False), ("da", True, True), ("dx", False, True),
             ):  # fmt: skip
-                types, constants = arguments(tile, rank, gather, transposed)
-                figures = compile_and_read(types, constants, tile, given.capability)
+                if given.hopper:
+                    kernel, options = _hopper_linear_kernel, {"num_warps": NUM_WARPS.value}
+                    types, constants = hopper_arguments(rank, gather, transposed, given.bias)
+                else:
+                    kernel, options = (
+                        _expert_linear_kernel,
+                        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                    )
+                    types, constants = arguments(tile, rank, gather, transposed)
+                figures = compile_and_read(kernel, types, constants, options, given.capability)
                 print(f"{name:<5} rank {rank:<4} {'halves' if halves else '':<7} {figures}", flush=True)
 
 

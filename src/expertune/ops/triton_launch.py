@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.language.target_info import cuda_capability_geq
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -85,7 +86,7 @@ class Launcher:
                 key.append(64 if wide else 0 if general else 1 if arg == 1 else 16 if arg % 16 == 0 else 0)
             elif arg is None or kind is float:
                 key.append(kind)
-            elif kind is TensorDescriptor:
+            elif kind in (TensorDescriptor, GluonTensorDescriptor):
                 key.append((arg.base.dtype, *arg.block_shape))
             else:
                 key.append((arg.dtype, general or arg.data_ptr() % 16 == 0))
@@ -136,3 +137,9 @@ def num_multiprocessors(device: torch.device) -> int:
 def has_descriptors(device: torch.device) -> bool:
     """Whether the GPU copies tiles by descriptors in hardware (from Hopper on); the interpreter emulates them."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the GPU has Hopper's tensor-core instructions, which no later one has."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

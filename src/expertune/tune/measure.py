@@ -24,6 +24,7 @@ _WARM_UP_ROUNDS = 3
 _WIDE = LinearTile()
 CANDIDATES = (
     _WIDE,
+    replace(_WIDE, halves=True, hopper=True),
     replace(_WIDE, halves=True),
     LinearTile(columns=256, k_step=32, num_stages=5),
     LinearTile(rows=256, columns=128),
@@ -97,6 +98,7 @@ def describe_tile(tile: LinearTile) -> str:
     parts += [f"{tile.programs_per_sm} per SM"] if tile.programs_per_sm > 1 else []
     parts += ["no descriptors"] if not tile.descriptors else []
     parts += ["halves"] if tile.halves else []
+    parts += ["hopper"] if tile.hopper else []
     return ", ".join(parts)
 
 

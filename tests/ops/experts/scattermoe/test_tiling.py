@@ -37,7 +37,7 @@ def tile_on(gpu: tuple[tuple[int, int], int], num_rows: int, num_experts: int, i
 
 @pytest.mark.parametrize(("num_rows", "num_experts"), [(0, 128), (1024 * 8, 128), (8192 * 8, 128), (8192 * 2, 8)])
 def test_hopper_has_one_tile_for_every_shape(num_rows: int, num_experts: int) -> None:
-    assert tile_on(HOPPER, num_rows, num_experts) == LinearTile(128, 256, 64, 8, 3, halves=True)
+    assert tile_on(HOPPER, num_rows, num_experts) == LinearTile(128, 256, 64, 8, 3, halves=True, hopper=True)
 
 
 def test_the_first_row_that_covers_a_shape_decides() -> None:
@@ -134,5 +134,5 @@ def test_the_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_interpreter_gets_what_the_newest_gpu_gets() -> None:
     cpu = torch.device("cpu")
-    assert pick_tile(100, 4, torch.bfloat16, cpu) == LinearTile(halves=True)
+    assert pick_tile(100, 4, torch.bfloat16, cpu) == LinearTile(halves=True, hopper=True)
     assert pick_tile(100, 4, torch.float32, cpu) == LinearTile(64, 64, 32, 4)

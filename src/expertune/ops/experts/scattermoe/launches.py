@@ -32,3 +32,15 @@ def describe_rows(name: str, *sizes: str) -> LaunchDescription:
         }
 
     return describe
+
+
+@LaunchDescription
+def describe_hopper_linear(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, str]:
+    """A projection or its input gradient in the kernel of `hopper`."""
+    way = "gathered" if args["GATHER"] else "grouped"
+    way += ", transposed" if args["TRANSPOSED"] else ""
+    return {
+        "name": "hopper_linear",
+        "shape": f"X{args['num_in']} Y{args['num_out']} R{args['RANK']} {args['DTYPE']} {way}",
+        "tile": "128x256x64",
+    }

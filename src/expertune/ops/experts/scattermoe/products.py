@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from expertune.ops.experts.scattermoe.hopper import launch_hopper_linear, takes
 from expertune.ops.experts.scattermoe.linear import adapter_step, launch_expert_linear, launch_thin_linear
 from expertune.ops.experts.scattermoe.pack import PackedLora, lay_out_as, pack_lora
 from expertune.ops.experts.scattermoe.sums import RowsOf, launch_expert_sum
@@ -139,10 +140,14 @@ class Products:
             return out_SY
         return out_SY.add_(self._launch(RowsOf(u_SR, None), lora.b_EYR, out_index_S=out_index_S), alpha=lora.scaling)
 
-    def _launch(self, rows: RowsOf, weight_EYX: Tensor, **options: object) -> Tensor:
-        return launch_expert_linear(
-            *rows, weight_EYX, self.tables.tiles, self.plan.num_rows, self.tile, **options  # type: ignore[arg-type]
-        )  # fmt: skip
+    def _launch(
+        self, rows: RowsOf, weight_EYX: Tensor, out_index_S: Tensor | None = None, **options: Any
+    ) -> Tensor:  # fmt: skip
+        adapter = options.get("u_SR"), options.get("lora_b_EYR")
+        where = self.tables.tiles, self.plan.num_rows
+        if self.tile.hopper and out_index_S is None and takes(*rows, weight_EYX, *adapter):
+            return launch_hopper_linear(*rows, weight_EYX, *where, **options)
+        return launch_expert_linear(*rows, weight_EYX, *where, self.tile, out_index_S=out_index_S, **options)
 
 
 def bias_part(dy_TH: Tensor, bias_EH: Tensor, plan: ExpertPlan) -> Tensor:

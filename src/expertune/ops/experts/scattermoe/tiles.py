@@ -94,6 +94,7 @@ def _row_tables_kernel(
         tl.store(out_ptrs + 2 * capacity, tl.minimum(first_row + (entries + 1) * rows, end_row), mask=mask)
     if expert == 0:
         tl.store(table_ptr + 3 * capacity, tl.sum(counts_E, axis=0))
+        tl.store(table_ptr + 3 * capacity + 1, 0)
 
 
 _row_tables = Launcher(_row_tables_kernel)
@@ -106,7 +107,7 @@ def build_row_tables(plan: ExpertPlan, block_rows: int, chunk_rows: int = CHUNK_
     """
     fence_F = plan.row_fence_F
     tiles, chunks = (
-        RowTable(rows, fence_F.new_empty(4, -(-plan.num_rows // rows) + plan.num_experts))
+        RowTable(rows, fence_F.new_empty(4, max(2, -(-plan.num_rows // rows) + plan.num_experts)))
         for rows in (block_rows, chunk_rows)
     )
     _row_tables(

@@ -13,6 +13,7 @@ from expertune.ops.integers import next_power_of_2
 from expertune.ops.records import gpu_facts
 
 MIN_RANK = 16  # a tensor-core product takes no fewer
+HOPPER_TILE = (128, 256, 64)  # rows, columns and step of the kernel in `hopper`
 _BARRIER_BYTES = 256  # of the pipeline, beside the buffers; 8 to 48 in what Triton 3.6 compiles
 
 
@@ -23,6 +24,8 @@ class LinearTile:
     rows x columns of the result, k_step along the sum; num_warps, num_stages: Triton's. programs_per_sm: persistent
     programs on each multiprocessor. descriptors: whether tensor descriptors may be used where operands are aligned.
     halves: whether a row tile that is at most half full is computed as half a tile.
+    hopper: whether the kernel of `hopper`, which has its own warps, stages and descriptors for this tile, runs where it
+    takes the operands; the others decide about what it does not take.
     """
 
     rows: int = 128
@@ -33,6 +36,11 @@ class LinearTile:
     programs_per_sm: int = 1
     descriptors: bool = True
     halves: bool = False
+    hopper: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hopper and (self.rows, self.columns, self.k_step) != HOPPER_TILE:
+            raise ValueError(f"hopper: its tile is {HOPPER_TILE}, got {(self.rows, self.columns, self.k_step)}")
 
     def shared_memory_bytes(self, item_bytes: int) -> int:
         """The shared memory that a program needs at most, with an adapter of any rank.
@@ -88,18 +96,20 @@ TILES = (
     TileRow(
         (9, 0),
         2,
-        LinearTile(halves=True),
-        "H200, bf16, rank 16. A step of 64 rows per expert (Qwen3-30B-A3B, 1024 tokens): 1.017 ms, 64x256 1.022, "
-        "64x128 1.04 to 1.17",
+        LinearTile(halves=True, hopper=True),
+        "H200, bf16, rank 16. Qwen3-30B-A3B, 1024 tokens: four products 651 us, 677 without hopper; a step without it "
+        "1.017 ms, 64x256 1.022, 64x128 1.04 to 1.17",
         max_rows_per_expert=128,
     ),
     TileRow(
         (9, 0),
         2,
-        LinearTile(halves=True),
-        "H200, bf16, rank 16. Qwen3-30B-A3B, 8192 tokens: the up projection 746 us, 64x256 twice on a multiprocessor "
-        "936, 128x128 1192, 256x128 982, k_step 32 with 5 or 6 stages 757 to 779; four products with and without "
-        "halves: Qwen3-30B-A3B 2036 and 2124 us, GLM-4.5-Air 7709 and 7724, gpt-oss-20b 4874 and 4922",
+        LinearTile(halves=True, hopper=True),
+        "H200, bf16, rank 16, four products with and without hopper: Qwen3-30B-A3B, 8192 tokens 1942 and 2099 us, 32768 "
+        "tokens 7647 and 8130, GLM-4.5-Air 7517 and 8246, Mixtral-8x7B 17037 and 17390. Without it, the up projection "
+        "at 8192 tokens: 746 us, 64x256 twice on a multiprocessor 936, 128x128 1192, 256x128 982, k_step 32 with 5 or 6 "
+        "stages 757 to 779; four products with and without halves: Qwen3-30B-A3B 2036 and 2124 us, GLM-4.5-Air 7709 and "
+        "7724, gpt-oss-20b 4874 and 4922",
     ),
     TileRow(
         (8, 0),
