@@ -71,15 +71,11 @@ def _locate(tiles_ptr, capacity, tile, num_row_tiles, num_column_tiles):
 
 
 @gluon.jit
-def _row_offsets(row_index_ptr, stride_x, place, LAYOUT: gl.constexpr, GATHER: gl.constexpr):
-    """Where the rows of a tile begin in x, upper and lower half; past the end, rows of the tile once more."""
+def _rows(row_index_ptr, place, LAYOUT: gl.constexpr, GATHER: gl.constexpr):
+    """The rows of x that a tile takes; past the end, rows of the tile once more."""
     first_row, end_row = place[1], place[2]
-    upper = gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
-    lower = upper + HALF
-    if GATHER:
-        upper = gl.load(row_index_ptr + first_row + upper % (end_row - first_row))
-        lower = gl.load(row_index_ptr + first_row + lower % (end_row - first_row))
-    return upper.to(gl.int64) * stride_x, lower.to(gl.int64) * stride_x
+    lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    return gl.load(row_index_ptr + first_row + lanes % (end_row - first_row)) if GATHER else lanes
 
 
 @gluon.jit
@@ -99,10 +95,11 @@ def _load_step(
     else:
         _tma_load(w_desc, [expert * num_out + first_column, k], barrier, w_smem.index(stage))
     if GATHER:
-        ptrs = x_ptr + k + gl.arange(0, STEP, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-        _thread_load(x.slice(0, HALF), ptrs + offsets[0][:, None])
+        ptrs = x_ptr + k + gl.arange(0, STEP, layout=gl.SliceLayout(0, LAYOUT))[None, :] + offsets[:, None]
         if end_row - first_row > HALF:
-            _thread_load(x.slice(HALF, HALF), ptrs + offsets[1][:, None])
+            _thread_load(x, ptrs)
+        else:
+            _thread_load(x, ptrs, mask=(gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < HALF)[:, None])
         async_copy.mbarrier_arrive(barrier, increment_count=False)
     else:
         _tma_load(x_desc, [first_row, k], barrier, x)
@@ -161,10 +158,16 @@ def _tile(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], WARPS, [16, COLUMNS if BLOCK_S == ROWS else COLUMNS // 4, 16])
     expert, first_row, end_row, first_column = place
     acc = gl.zeros((BLOCK_S, COLUMNS), gl.float32, layout=ACC)
-    for k in range(0, num_in - (STAGES - 1) * STEP, STEP):
-        acc = _multiply(acc, buffers, stage, phase, k != 0, BLOCK_S, GATHER, TRANSPOSED)
-        if k == 0:
-            tma.store_wait(0)  # the tile before has left out_smem and its last stage
+    acc = _multiply(acc, buffers, stage, phase, False, BLOCK_S, GATHER, TRANSPOSED)
+    tma.store_wait(0)  # the tile before has left out_smem and its last stage
+    _load_step(
+        x_ptr, x_desc, w_desc, buffers, (stage + STAGES - 1) % STAGES, place, offsets, (STAGES - 1) * STEP,
+        num_in, num_out, GATHER, TRANSPOSED, LAYOUT,
+    )  # fmt: skip
+    stage, phase = _step_on(stage, phase)
+    next_rows = _rows(row_index_ptr, next_place, LAYOUT, GATHER)  # wanted some steps on, as is what next_place waits for
+    for k in range(STEP, num_in - (STAGES - 1) * STEP, STEP):
+        acc = _multiply(acc, buffers, stage, phase, True, BLOCK_S, GATHER, TRANSPOSED)
         _load_step(
             x_ptr, x_desc, w_desc, buffers, (stage + STAGES - 1) % STAGES, place, offsets, k + (STAGES - 1) * STEP,
             num_in, num_out, GATHER, TRANSPOSED, LAYOUT,
@@ -172,7 +175,7 @@ def _tile(
         stage, phase = _step_on(stage, phase)
 
     taken_smem.store(taken)
-    offsets = _row_offsets(row_index_ptr, stride_x, next_place, LAYOUT, GATHER)
+    offsets = next_rows.to(gl.int64) * stride_x
     if RANK > 0:
         B_SHAPE: gl.constexpr = [RANK, COLUMNS] if B_TRANSPOSED else [COLUMNS, RANK]
         b_smem = _view(out_smem, DTYPE, B_SHAPE, b_desc.layout)
@@ -238,7 +241,7 @@ def _hopper_linear_kernel(
         buffers = (x_smem, w_smem, barriers)
 
         place = _locate(tiles_ptr, tiles_capacity, tile, num_row_tiles, num_column_tiles)
-        offsets = _row_offsets(row_index_ptr, stride_x, place, LAYOUT, GATHER)
+        offsets = _rows(row_index_ptr, place, LAYOUT, GATHER).to(gl.int64) * stride_x
         for i in gl.static_range(STAGES - 1):
             _load_step(
                 x_ptr, x_desc, w_desc, buffers, i, place, offsets, i * STEP, num_in, num_out,
