@@ -85,6 +85,28 @@ def test_the_tables_in_passing_are_those_of_their_own_launch(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 1023, 8192, 32768, 200_000])
+@pytest.mark.parametrize("experts", [8, 64, 128, 256, 513])
+def test_real_sizes(tokens: int, experts: int) -> None:
+    """Even loads, one expert with most tokens, and one with all: the order, and the same bits again."""
+    generator = torch.Generator().manual_seed(tokens + experts)
+    even = torch.randint(0, experts, (tokens, 8), generator=generator)
+    skewed = (torch.rand(tokens, 8, generator=generator) ** 6 * experts).long()
+    for ids_TK in (even, skewed, torch.full_like(even, experts - 1)):
+        rows, tables = sort_and_cut(ids_TK.cuda(), experts, 128, 1024)
+        for mine, want in zip(rows, expected(ids_TK, experts), strict=True):
+            assert torch.equal(mine.cpu(), want)
+        plan = ExpertPlan(tokens, 8, experts, *rows, has_sentinels=False)
+        alone, again = build_row_tables(plan, 128), sort_and_cut(ids_TK.cuda(), experts, 128, 1024)
+        for other in (alone, again[1]):
+            for mine, theirs in ((tables.tiles, other.tiles), (tables.chunks, other.chunks)):
+                count = int(theirs.count_1)
+                assert int(mine.count_1) == count
+                assert torch.equal(mine.entries_4M[:3, :count], theirs.entries_4M[:3, :count])
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(rows, again[0], strict=True))
+
+
+@pytest.mark.gpu
 def test_build_plan_cuts_the_rows_where_it_is_asked_to() -> None:
     ids_TK = torch.randint(0, 128, (4096, 8), device="cuda")
     plan = build_plan(ids_TK, 128, table_rows=(128, 1024))

@@ -26,10 +26,11 @@ from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 MAX_BLOCKS = 128  # of slots: each reads the counts of all, so their number is bounded and their size grows
 TILE = 128  # slots compared with each other
-OTHERS = tl.constexpr(4)  # slots of its tile that a thread compares its own with at once: one load of 16 bytes
+OTHERS = 4  # slots of its tile that a thread compares its own with at once: one load of 16 bytes
 MAX_GROUPS = 4  # of slots, a tile each, ranked at once
 MAX_GROUP_BINS = 1024  # of all groups: a histogram's work grows with its bins
 MAX_COUNTS = 8192  # of several blocks, read at once
+NUM_WARPS = 8
 BLOCK_ENTRIES = tl.constexpr(128)  # of a row table, of one expert, written at once
 
 
@@ -92,8 +93,8 @@ def _count_kernel(  # type: ignore[no-untyped-def]
 def _place_kernel(  # type: ignore[no-untyped-def]
     bins_ptr, counts_ptr, slot_of_row_ptr, row_of_slot_ptr, token_of_row_ptr, row_fence_ptr, tiles_ptr, chunks_ptr,
     num_tokens, num_experts, slots_per_block, num_blocks, tiles_capacity, chunks_capacity,
-    TOP_K: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr,
-    TILE_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
+    TOP_K: tl.constexpr, BINS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, OTHERS: tl.constexpr,
+    BLOCK_B: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
 ):  # fmt: skip
     wait_for_earlier_kernels()
     block, all_bins = tl.program_id(0), tl.arange(0, BINS)
@@ -178,12 +179,12 @@ def _launch_sort(expert_ids_TK: Tensor, rows_3S: Tensor, fence_F: Tensor, tables
     with torch.cuda.device_of(expert_ids_TK):  # Triton launches on the current device
         _count(
             (num_blocks,), ids_S, bins_S, counts, num_tokens, num_experts, slots_per_block, top_k, bins, step,
-            num_warps=8,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
         _place(
             (num_programs,), bins_S, counts, rows_3S[0], rows_3S[1], rows_3S[2], fence_F, *cut[:2], num_tokens,
-            num_experts, slots_per_block, num_blocks, *cut[2:4], top_k, bins, groups, TILE,
-            max(1, min(32, MAX_COUNTS // bins)), *cut[4:], num_warps=8,
+            num_experts, slots_per_block, num_blocks, *cut[2:4], top_k, bins, groups, TILE, OTHERS,
+            max(1, min(32, MAX_COUNTS // bins)), *cut[4:], num_warps=NUM_WARPS,
         )  # fmt: skip
 
 

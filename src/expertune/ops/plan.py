@@ -87,13 +87,7 @@ def build_plan(
     num_tokens, top_k = expert_ids_TK.shape
     compiling = torch.compiler.is_compiling()
     if expert_ids_TK.is_cuda and (compiling or _has_triton()):  # torch.compile on a GPU has Triton, and cannot ask
-        from expertune.ops.counting_sort import sort_and_cut, sort_slots
-
-        if table_rows is not None and not compiling:
-            rows, tables = sort_and_cut(expert_ids_TK, num_experts, *table_rows)
-            return ExpertPlan(num_tokens, top_k, num_experts, *rows, has_sentinels=sentinels, tables=tables)
-        rows = sort_slots(expert_ids_TK, num_experts)
-        return ExpertPlan(num_tokens, top_k, num_experts, *rows, has_sentinels=sentinels)
+        return _by_counting(expert_ids_TK, num_experts, sentinels=sentinels, table_rows=table_rows)
     ids_S = expert_ids_TK.reshape(-1)
     if sentinels:
         ids_S = torch.where(ids_S < 0, num_experts, ids_S)
@@ -118,6 +112,20 @@ def build_plan(
         row_fence_F=torch.searchsorted(sorted_ids_S, experts_F, out_int32=True),
         has_sentinels=sentinels,
     )
+
+
+def _by_counting(
+    expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool, table_rows: tuple[int, int] | None
+) -> ExpertPlan:
+    """The two launches."""
+    from expertune.ops.counting_sort import sort_and_cut, sort_slots
+
+    (num_tokens, top_k), tables = expert_ids_TK.shape, None
+    if table_rows is not None and not torch.compiler.is_compiling():
+        rows, tables = sort_and_cut(expert_ids_TK, num_experts, *table_rows)
+    else:
+        rows = sort_slots(expert_ids_TK, num_experts)
+    return ExpertPlan(num_tokens, top_k, num_experts, *rows, has_sentinels=sentinels, tables=tables)
 
 
 def _in_range(ids_S: Tensor, num_experts: int) -> bool:

@@ -21,7 +21,8 @@ class RowTable:
     """Blocks of rows, none crossing from one expert to the next.
 
     block_rows: rows in a full entry. entries_4M: [4, M] int32, of which the first `entries_4M[3, 0]` columns are used:
-    expert, first row, end row. M is enough for any routing.
+    expert, first row, end row. M is enough for any routing. `entries_4M[3, 1]` is a counter that kernels bring back to
+    zero: one of them at a time may use a table, as on one stream.
     """
 
     block_rows: int
@@ -50,6 +51,7 @@ def empty_row_tables(fence_F: Tensor, num_rows: int, tile_rows: int, chunk_rows:
     """Room for the tables of `num_rows` rows, on the fence's device."""
     num_experts = fence_F.shape[0] - 1
     tiles, chunks = (
-        RowTable(rows, fence_F.new_empty(4, max(2, cdiv(num_rows, rows) + num_experts))) for rows in (tile_rows, chunk_rows)
+        RowTable(rows, fence_F.new_empty(4, max(2, cdiv(num_rows, rows) + num_experts)))
+        for rows in (tile_rows, chunk_rows)
     )
     return RowTables(tiles, chunks)

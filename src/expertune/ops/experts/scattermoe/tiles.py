@@ -1,4 +1,4 @@
-"""Row tables (`ops.row_tables`) as kernels read them, and their launch for a plan that came without: one for both."""
+"""Row tables (`ops.row_tables`) as kernels read them: in a plan's own two launches, or one more for a plan without."""
 
 import triton
 import triton.language as tl
