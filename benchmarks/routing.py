@@ -56,7 +56,7 @@ RULES = {
 }
 TILE_ROWS = 128
 WARM_UPS, ROUNDS, CALLS = 2, 15, 10
-VARIANT_ROUNDS = 5
+VARIANT_ROUNDS, FASTEST_SHOWN = 5, 10
 RESULTS = Path(__file__).parent / "results" / "routing.csv"
 FORWARD, BOTH_PASSES = "forward", "forward + backward"
 THEIRS = {"softmax": "transformers", "sigmoid": "transformers", "plan": "transformers", "both": "transformers"}
@@ -452,7 +452,11 @@ def measure_sets(search: Search, problem: Problem, timer: Timer) -> list[Row]:
 
 
 def print_sets(search: Search, rows: list[Row]) -> None:
-    """For each set of constants the median of each size; the mean is geometric. The fastest first."""
+    """The median of each size for the fastest sets of constants and, with a star, for those of the code.
+
+    The mean is geometric. All of them are in the CSV.
+    """
+    are = {describe(values) for values in search.sets if all(getattr(search.module, n) == v for n, v in values.items())}
     rows = [row for row in rows if row["what"] == f"constants of {search.name}"]
     for name in dict.fromkeys(str(row["pass"]) for row in rows):
         sizes = list(dict.fromkeys(f"{row['tokens']}/{row['experts']}" for row in rows))
@@ -462,9 +466,11 @@ def print_sets(search: Search, rows: list[Row]) -> None:
                 times.setdefault(str(row["way"]), []).append(float(str(row["p50_queued_us"])))
         print(f"\n{search.name}, {name}, us queued; columns are T/E")
         print(f"{'mean':>7} " + " ".join(f"{size:>9}" for size in sizes))
-        for text, taken in sorted(times.items(), key=lambda item: statistics.geometric_mean(item[1])):
-            cells = " ".join(f"{each:>9.2f}" for each in taken)
-            print(f"{statistics.geometric_mean(taken):>7.2f} {cells}  {text}")
+        ranked = sorted(times.items(), key=lambda item: statistics.geometric_mean(item[1]))
+        for place, (text, taken) in enumerate(ranked):
+            if place < FASTEST_SHOWN or text in are:
+                cells = " ".join(f"{each:>9.2f}" for each in taken)
+                print(f"{statistics.geometric_mean(taken):>7.2f} {cells}  {text}{' *' if text in are else ''}")
 
 
 def compile_all(num_experts: list[int], device: torch.device, *, variants: bool) -> None:
