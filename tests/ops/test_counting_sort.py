@@ -77,6 +77,7 @@ def test_the_tables_in_passing_are_those_of_their_own_launch(
     for mine, theirs in ((tables.tiles, want.tiles), (tables.chunks, want.chunks)):
         count = int(theirs.count_1)
         assert int(mine.count_1) == count
+        assert int(mine.entries_4M[3, 1]) == int(theirs.entries_4M[3, 1]) == 0  # the counter
         assert torch.equal(mine.entries_4M[:3, :count], theirs.entries_4M[:3, :count])
         assert mine.entries_4M.shape == theirs.entries_4M.shape
     with_tables = replace(plan, tables=tables)
@@ -102,6 +103,7 @@ def test_real_sizes(tokens: int, experts: int) -> None:
             for mine, theirs in ((tables.tiles, other.tiles), (tables.chunks, other.chunks)):
                 count = int(theirs.count_1)
                 assert int(mine.count_1) == count
+                assert int(mine.entries_4M[3, 1]) == 0
                 assert torch.equal(mine.entries_4M[:3, :count], theirs.entries_4M[:3, :count])
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(rows, again[0], strict=True))
 
