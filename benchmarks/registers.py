@@ -1,7 +1,8 @@
-"""Registers, spills and shared memory of the projection kernel, compiled for a GPU that need not be there.
+"""Registers, spills and shared memory of our kernels, compiled for a GPU that need not be there.
 
     python benchmarks/registers.py                # sm_90, bf16, rank 16 and 64, the tile of the table
     python benchmarks/registers.py --hopper       # the kernel written for Hopper, which has one tile
+    python benchmarks/registers.py --routing      # of routing and the plan; --variants: all that routing.py tries
     python benchmarks/registers.py --capability 80 --tile 128 128 32 --warps 8 --stages 3 --no-descriptors
 
 A spill shows here in seconds, before a GPU is asked for: each byte of it is a trip to memory in the main loop. ptxas is
@@ -12,9 +13,12 @@ import argparse
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -22,10 +26,14 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from expertune.ops import plan
 from expertune.ops.experts.scattermoe.hopper import NUM_WARPS, _hopper_linear_kernel
 from expertune.ops.experts.scattermoe.linear import BLOCK_RANK, GROUP_TILES, _expert_linear_kernel
 from expertune.ops.experts.scattermoe.tiling import HOPPER_TILE, LinearTile
+from expertune.ops.plan import ExpertPlan
+from expertune.ops.triton_launch import Launcher
 
+POINTER_TYPES = {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 POINTERS = {
     "x_ptr": "*bf16", "row_index_ptr": "*i64", "w_ptr": "*bf16", "u_ptr": "*bf16", "lora_b_ptr": "*bf16",
     "out_ptr": "*bf16", "tiles_ptr": "*i32",
@@ -106,20 +114,61 @@ def assemble(ptx: str, arch: str) -> str:
 
 
 def compile_and_read(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], capability: int
-) -> str:  # fmt: skip
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    capability: int,
+    divisible: Collection[str] = DIVISIBLE_BY_16,
+) -> str:
     """Compile one variant and say what ptxas says."""
     names = kernel.arg_names
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in DIVISIBLE_BY_16 if name in types},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if name in types},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     said = assemble(compiled.asm["ptx"], f"sm_{capability}" + ("a" if capability >= 90 else ""))
     registers, spills = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill stores", said)
     return f"{registers[0]:>4} registers {spills[0]:>6} B spilled {compiled.metadata.shared:>7} B shared"
+
+
+def compile_launch(jit: Any, args: Sequence[Any], num_warps: int, capability: int) -> str:
+    """Compile what a `Launcher` would launch with these arguments, specialised as Triton specialises."""
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    divisible = []
+    for parameter, arg in zip(jit.params, args, strict=True):
+        name, general = parameter.name, parameter.do_not_specialize
+        if parameter.is_constexpr or arg is None or (isinstance(arg, int) and arg == 1 and not general):
+            constants[name] = arg
+            continue
+        is_tensor = isinstance(arg, torch.Tensor)
+        types[name] = POINTER_TYPES[arg.dtype] if is_tensor else "fp32" if isinstance(arg, float) else "i32"
+        if not general and not isinstance(arg, float) and (arg.data_ptr() if is_tensor else arg) % 16 == 0:
+            divisible.append(name)
+    options = {"num_warps": num_warps} | ({"launch_pdl": True} if capability >= 90 else {})
+    return compile_and_read(jit, types, constants, options, capability, divisible)
+
+
+def routing_launches(experts: int, *, variants: bool) -> dict[tuple[Any, ...], tuple[Any, Sequence[Any], int]]:
+    """(kernel, arguments, warps) of all that routing and plan launch on fp32 logits; those that compile alike once."""
+    import routing
+
+    launches: dict[tuple[Any, ...], tuple[Any, Sequence[Any], int]] = {}
+
+    def note(launcher: Any, _grid: Any, *args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
+        key = tuple(arg for arg, p in zip(args, launcher.kernel.params, strict=True) if p.is_constexpr or arg is None)
+        launches.setdefault((launcher.kernel.fn.__name__, key, num_warps), (launcher.kernel, args, num_warps))
+
+    def sort(ids_TK: torch.Tensor, num_experts: int, table_rows: tuple[int, int] | None = None) -> ExpertPlan:
+        return plan._by_counting(ids_TK, num_experts, sentinels=False, table_rows=table_rows)
+
+    with patch.object(Launcher, "__call__", note), patch.object(routing, "build_plan", sort):
+        routing.launch_all(routing.Problem.of(8192, experts, torch.device("cpu")), variants=variants)
+    return launches
 
 
 def main() -> None:
@@ -132,7 +181,15 @@ def main() -> None:
     parser.add_argument("--no-descriptors", action="store_true")
     parser.add_argument("--hopper", action="store_true")
     parser.add_argument("--bias", action="store_true", help="with --hopper")
+    parser.add_argument("--routing", action="store_true")
+    parser.add_argument("--variants", action="store_true", help="with --routing")
     given = parser.parse_args()
+    if given.routing:
+        for experts in (64, 128, 256):
+            for (name, constants, _), (jit, args, warps) in routing_launches(experts, variants=given.variants).items():
+                said = compile_launch(jit, args, warps, given.capability)
+                print(f"E {experts:<4} {name:<24} {warps} warps {said}  {constants}", flush=True)
+        return
     for halves in (True,) if given.hopper else (False, True):
         tile = LinearTile(
             *given.tile, given.warps, given.stages, descriptors=not given.no_descriptors, halves=halves

@@ -93,7 +93,7 @@ def _counting(model: nn.Module) -> Iterator[dict[str, Any]]:
         if is_experts_module(module)
     ]
     with (
-        patch.object(our_experts, "build_plan", wraps=our_experts.build_plan) as plan,
+        patch.object(our_experts, "run_build_plan", wraps=our_experts.run_build_plan) as plan,
         patch.object(parametrize, "register_parametrization", wraps=parametrize.register_parametrization) as fold,
     ):
         yield counts

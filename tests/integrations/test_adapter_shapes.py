@@ -40,13 +40,13 @@ def ids() -> Tensor:
 def handed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The ranks of the adapters on up and down, 0 without, that each call of our experts got unfolded."""
     calls: list[tuple[int, int]] = []
-    run = experts._run
+    run = experts.run_expert_mlp
 
-    def noting(backend: Any, x: Any, weights: Any, plan: Any, up: Any, down: Any, activation: Any) -> Tensor:
+    def noting(backend: Any, x: Any, weights: Any, plan: Any, up: Any, down: Any, *rest: Any, **options: Any) -> Tensor:
         calls.append((up.lora.rank if up.lora else 0, down.lora.rank if down.lora else 0))
-        return run(backend, x, weights, plan, up, down, activation)
+        return run(backend, x, weights, plan, up, down, *rest, **options)
 
-    monkeypatch.setattr(experts, "_run", noting)
+    monkeypatch.setattr(experts, "run_expert_mlp", noting)
     return calls
 
 

@@ -42,14 +42,16 @@ def ids() -> Tensor:
 def tokens_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens in each call of our experts that came with both adapters unfolded."""
     calls: list[int] = []
-    run = experts._run
+    run = experts.run_expert_mlp
 
-    def noting(backend: Any, x: Tensor, weights: Any, plan: Any, up: Any, down: Any, activation: Any) -> Tensor:
+    def noting(
+        backend: Any, x: Tensor, weights: Any, plan: Any, up: Any, down: Any, *rest: Any, **options: Any
+    ) -> Tensor:
         if up.lora and down.lora:
             calls.append(x.shape[0])
-        return run(backend, x, weights, plan, up, down, activation)
+        return run(backend, x, weights, plan, up, down, *rest, **options)
 
-    monkeypatch.setattr(experts, "_run", noting)
+    monkeypatch.setattr(experts, "run_expert_mlp", noting)
     return calls
 
 

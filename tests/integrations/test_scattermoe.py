@@ -6,6 +6,7 @@ them; with one, everything is as users have it.
 
 import inspect
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,8 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
+from expertune.integrations import experts
 from expertune.layers import running
-from expertune.ops.experts.scattermoe import mlp, pieces
+from expertune.layers.moe_block import MoEBlock, MoEConfig
+from expertune.ops import counting_sort, plan
+from expertune.ops.experts.scattermoe import mlp, pieces, products, tiles
+from expertune.ops.experts.scattermoe.tiling import LinearTile
+from expertune.ops.routing.types import RoutingRule
 from tests.comparing import relative_error
 from tests.integrations.test_architectures import MODELS, build
 from tests.tiny import VOCAB, tiny_model, with_adapter
@@ -57,6 +63,57 @@ def test_loss_and_gradients_equal_eager(name: str, monkeypatch: pytest.MonkeyPat
     got = loss_and_gradients(build(name, "scattermoe"))
     assert calls, "the kernels did not run"
     assert_equal(got, loss_and_gradients(build(name, "eager")))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is launched for plans and tables; on the CPU too plans are sorted by the kernels, which are interpreted."""
+    names: list[str] = []
+
+    def note(module: ModuleType, name: str) -> None:
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: names.append(name) or launch(*a, **k))
+
+    for module, name in ((counting_sort, "_count"), (counting_sort, "_place"), (tiles, "_row_tables")):
+        note(module, name)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(products, "build_plan", plan._by_counting)
+    return names
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_a_plan_and_its_tables_are_two_launches(has_norm: bool, launches: list[str]) -> None:
+    """In the drop-in: one plan a layer serves both projections, forward and backward, also of a layer in pieces."""
+    model = with_adapter(tiny_model("scattermoe", num_hidden_layers=1))
+    for module in model.modules():
+        if has_norm and hasattr(module, "gate_up_proj"):
+            module.has_post_expert_norm, module.post_expert_norm = True, nn.RMSNorm(64)
+    model.to(DEVICE)
+    ids = torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    for _ in range(2):  # a GPU's first call compiles every kernel that there can be, and launches none of them
+        launches.clear()
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert launches == ["_count", "_place"]
+
+
+def test_a_plan_and_its_tables_are_two_launches_in_a_block(launches: list[str]) -> None:
+    block = MoEBlock(MoEConfig(16, 16, 4, RoutingRule(2), backend="scattermoe")).to(DEVICE)
+    for _ in range(2):
+        launches.clear()
+        block(torch.randn(9, 16, device=DEVICE)).sum().backward()
+    assert launches == ["_count", "_place"]
+
+
+def test_a_tuned_tile_decides_the_tables(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+    tile, tables = LinearTile(32, 32, 32, 4, 2, descriptors=False), []
+    run = mlp.scattermoe_expert_mlp
+    monkeypatch.setattr(experts, "tuned_tile", lambda *_: tile)
+    monkeypatch.setattr(mlp, "scattermoe_expert_mlp", lambda *a, **k: tables.append(a[2].tables) or run(*a, **k))
+    loss_and_gradients(tiny_model("scattermoe", num_hidden_layers=1))
+    assert [each.tiles.block_rows for each in tables] == [32]
+    assert launches.count("_place") == 1
+    if DEVICE == "cpu":
+        assert "_row_tables" not in launches
 
 
 @pytest.mark.skipif(

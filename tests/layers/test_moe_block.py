@@ -410,6 +410,32 @@ def test_on_scattermoe(name: str, device: str, monkeypatch: pytest.MonkeyPatch) 
         assert relative_error(got[key].cpu(), value) < (GRADIENT if device == "cpu" else 1e-4), key
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, in the interpreter: inf - inf
+@pytest.mark.parametrize("name", ["gpt-oss", "groups, correction, two shared"])
+@pytest.mark.parametrize("backend", ["torch_grouped", "scattermoe", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_token_that_is_not_finite_is_alone_in_it(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN or infinite hidden states: ids in range, NaN in that token's output, and every other token as it was."""
+    device = "cuda" if backend == "cuda" else "cpu"  # cuda: scattermoe, compiled
+    if backend == "scattermoe" and torch.cuda.is_available():
+        pytest.skip("compiled kernels do not run on the CPU")
+    case, (x, _) = CASES[name], tokens(7)
+    want = make(case)(x)
+    backend = "scattermoe" if backend == "cuda" else backend
+    block = make(replace(case, config=replace(case.config, backend=backend))).to(device)
+    if device == "cpu":
+        monkeypatch.setattr(running, "unavailable_reason", lambda *_, **__: None)
+    running._backend_for.cache_clear()
+    spoiled = x.clone()
+    spoiled[2], spoiled[5] = float("nan"), float("inf")
+    y, routing = block(spoiled.to(device), return_routing=True)
+    running._backend_for.cache_clear()
+    assert all(set(row) <= set(range(E)) and len(set(row)) == len(row) for row in routing.expert_ids_TK.tolist())
+    is_bad = torch.tensor([token in (2, 5) for token in range(7)])
+    assert torch.equal(routing.weights_TK.isnan().all(dim=1).cpu(), is_bad)
+    assert y.cpu()[is_bad].isnan().all()
+    assert relative_error(y.cpu()[~is_bad], want[~is_bad]) < (GRADIENT if device == "cpu" else 1e-4)
+
+
 def test_a_backend_that_cannot_run_is_an_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("it can run")

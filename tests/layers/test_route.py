@@ -12,9 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import expertune
+from expertune.layers import running
 from expertune.layers.layout import is_experts_module
 from expertune.layers.route import route, shared_experts
 from expertune.layers.router import NUM_GROUPS, read_router
+from expertune.ops.routing import fused
 from expertune.ops.routing.types import Routing
 from tests.comparing import assert_agrees
 from tests.integrations.architectures import Architecture, architectures, build
@@ -180,6 +182,28 @@ def test_groups_of_axk2_can_be_left_where_the_others_are_negative() -> None:
     assert ((routing.expert_ids_TK // group_size).amax(dim=1) != (routing.expert_ids_TK // group_size).amin(dim=1))[
         leaves
     ].all()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, in the interpreter: inf - inf
+@pytest.mark.parametrize("folder", ["qwen3_moe", "deepseek_v3", "gpt_oss", "minimax_m2"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_launch_beside_scattermoe(folder: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What plain torch chooses; on the CPU in Triton's interpreter, which is off where there is a GPU."""
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("compiled kernels do not run on the CPU")
+    _, block = first_block(folder)
+    hidden = hidden_states(block)
+    want = route(block, hidden)
+    calls, run = [], fused.fused_select_experts
+    monkeypatch.setattr(fused, "fused_select_experts", lambda *a, **k: calls.append(1) or run(*a, **k))
+    if device == "cpu":
+        monkeypatch.setattr(running, "pick_backend", lambda _: "scattermoe")
+    running._backend_for.cache_clear()
+    got = route(block.to(device), hidden.to(device))
+    running._backend_for.cache_clear()
+    assert calls == [1]
+    assert torch.equal(got.expert_ids_TK.cpu(), want.expert_ids_TK)
+    assert_agrees("weights", got.weights_TK.cpu(), want.weights_TK, dtype=torch.float32)
 
 
 # Adapters

@@ -20,6 +20,7 @@ from expertune.ops.plan import ExpertPlan, build_plan
 LIMIT, OURS, RIVAL = "limit", "ours", "rival"
 
 ExpertMlp = Callable[[Tensor, Tensor, ExpertPlan, ExpertProjection, ExpertProjection, Activation], Tensor]
+MakePlan = Callable[[Tensor, ExpertProjection], ExpertPlan]
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,17 @@ def dense(problem: Problem) -> Step:
     return step
 
 
-def ours(backend: ExpertMlp, problem: Problem) -> Step:
+def plain_plan(expert_ids_TK: Tensor, up: ExpertProjection) -> ExpertPlan:
+    """Without what only some backends want in it."""
+    return build_plan(expert_ids_TK, up.num_experts)
+
+
+def ours(backend: ExpertMlp, problem: Problem, make_plan: MakePlan = plain_plan) -> Step:
     """A backend of `ops`, as the integration calls it."""
 
     def step() -> tuple[Tensor, ...]:
-        plan = build_plan(problem.expert_ids_TK, problem.case.shape.num_experts)
         up, down = problem.projections()
+        plan = make_plan(problem.expert_ids_TK, up)
         return problem.backward(backend(problem.x_TH, problem.weights_TK, plan, up, down, SWIGLU))
 
     return step
@@ -71,9 +77,10 @@ def scattermoe(problem: Problem) -> Step:
     """Our Triton kernels; imported here because Triton is not on every machine."""
     try:
         from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
+        from expertune.ops.experts.scattermoe.products import build_plan_and_tables
     except ImportError as error:
         raise Unavailable(f"its kernels cannot be imported: {error}") from error
-    return ours(scattermoe_expert_mlp, problem)
+    return ours(scattermoe_expert_mlp, problem, build_plan_and_tables)
 
 
 DENSE = Way("dense cuBLAS", LIMIT, dense)

@@ -15,11 +15,11 @@ from expertune.integrations.gates import activation_of
 from expertune.integrations.tuned import tuned_tile
 from expertune.layers.backends import IMPLEMENTATIONS, TORCH_GROUPED
 from expertune.layers.layout import projection_names, read_projection
-from expertune.layers.running import WHY_NOT_COMPILED, backend_for, run_expert_mlp
+from expertune.layers.running import WHY_NOT_COMPILED, backend_for, run_build_plan, run_expert_mlp
 from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.experts.torch_grouped import combine_rows, gather_rows, grouped_expert_linear
 from expertune.ops.experts.types import Activation, ExpertProjection
-from expertune.ops.plan import ExpertPlan, build_plan
+from expertune.ops.plan import ExpertPlan
 
 # torch.compile leaves this to Python: its backward is autograd's of any function, and it asks for addresses.
 _grouped_expert_linear = torch.compiler.disable(grouped_expert_linear, reason=WHY_NOT_COMPILED)
@@ -59,11 +59,13 @@ def experts_forward(
     backend = backend_for(implementation, hidden_states.device.type, up.weight_EYX.dtype, "experts_implementation")
     # Transformers before 5.18 has no flag and may always pass sentinel ids.
     sentinels = bool(getattr(experts, "_is_expert_parallel", True))
-    plan = build_plan(top_k_index, up.num_experts, sentinels=sentinels)
+    in_pieces = _has_more_of_its_own(experts)
+    tile = None if in_pieces else _tile_for(backend, top_k_index, up, down)
+    plan = run_build_plan(backend, top_k_index, up, sentinels=sentinels, tile=tile)
     activation = activation_of(experts)
-    if _has_more_of_its_own(experts):
+    if in_pieces:
         return _run_in_pieces(backend, experts, hidden_states, top_k_weights, plan, up, down, activation)
-    return _run(backend, hidden_states, top_k_weights, plan, up, down, activation)
+    return run_expert_mlp(backend, hidden_states, top_k_weights, plan, up, down, activation, tile=tile)
 
 
 def _run_in_pieces(
@@ -90,28 +92,15 @@ def _run_in_pieces(
     return combine_rows(z_SH, weights_TK, plan).to(x_TH.dtype)
 
 
-def _run(
-    backend: str,
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    plan: ExpertPlan,
-    up: ExpertProjection,
-    down: ExpertProjection,
-    activation: Activation,
-) -> Tensor:
-    ask_for_tile = backend != TORCH_GROUPED and not torch.compiler.is_compiling()
-    tile = _tile_for(plan, up, down) if ask_for_tile else None
-    return run_expert_mlp(backend, x_TH, weights_TK, plan, up, down, activation, tile=tile)
-
-
-def _tile_for(plan: ExpertPlan, up: ExpertProjection, down: ExpertProjection) -> LinearTile | None:
+def _tile_for(backend: str, expert_ids_TK: Tensor, up: ExpertProjection, down: ExpertProjection) -> LinearTile | None:
     """The tile that `expertune tune` found for this call on this machine; None: the table's."""
+    if backend == TORCH_GROUPED or torch.compiler.is_compiling():
+        return None
     weight = down.weight_EYX
-    _, hidden, intermediate = weight.shape
+    num_experts, hidden, intermediate = weight.shape
     rank = max(projection.lora.rank if projection.lora else 0 for projection in (up, down))
-    return tuned_tile(
-        plan.num_rows, plan.num_experts, hidden, intermediate, plan.top_k, rank, weight.dtype, weight.device
-    )
+    num_rows, top_k = expert_ids_TK.numel(), expert_ids_TK.shape[1]
+    return tuned_tile(num_rows, num_experts, hidden, intermediate, top_k, rank, weight.dtype, weight.device)
 
 
 def _has_more_of_its_own(experts: nn.Module) -> bool:

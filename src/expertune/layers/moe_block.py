@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from expertune.layers.activations import ActivationName, activation_named, check_activation, is_gated
 from expertune.layers.backends import AUTO, IMPLEMENTATIONS
 from expertune.layers.lora import LoraPlaces, StackedLinear, WithAdapter
-from expertune.layers.running import backend_for, run_expert_mlp, run_select_experts
+from expertune.layers.running import backend_for, run_build_plan, run_expert_mlp, run_select_experts
 from expertune.layers.shared import SharedExperts
 from expertune.ops.experts.types import Activation
-from expertune.ops.plan import build_plan
 from expertune.ops.routing.router import router_logits
 from expertune.ops.routing.types import Routing, RoutingRule
 
@@ -141,7 +140,7 @@ class Experts(nn.Module):
         """[T, H] to [T, H] in the dtype of the input; computed in the dtype of the weights."""
         up, down = self.up.projection(), self.down.projection()
         backend = backend_for(self.backend, x_TH.device.type, up.weight_EYX.dtype, "backend")
-        plan = build_plan(routing.expert_ids_TK, up.num_experts)
+        plan = run_build_plan(backend, routing.expert_ids_TK, up)
         return run_expert_mlp(backend, x_TH, routing.weights_TK, plan, up, down, self.activation)
 
 

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertune.layers.backends import AUTO
 from expertune.layers.router import read_router
-from expertune.ops.routing.select import select_experts
+from expertune.layers.running import backend_for, run_select_experts
 from expertune.ops.routing.types import Routing
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")
@@ -19,13 +21,15 @@ def route(block: Any, hidden: Tensor) -> Routing:
     block or the configuration (`layers.router`); adapters of PEFT are applied as a second linear.
     hidden: [..., H], what the block gets.
 
-    Equal to the block's router in fp32. Where the block computes logits in bf16 these are more exact, as they are in
-    fp32 always. The multiplicative noise that Mixtral can put on hidden states in training is the caller's to apply.
+    On a GPU with Triton the choice is one launch. Equal to the block's router in fp32; where the block computes logits
+    in bf16 these are more exact, as they are in fp32 always. The multiplicative noise that Mixtral can put on hidden
+    states in training is the caller's to apply.
     Raises ValueError, naming the attribute, if something is missing or the router is no rule over logits.
     """
     router = read_router(block)
     logits_TE = router.logits(hidden.reshape(-1, hidden.shape[-1]))
-    return select_experts(logits_TE, router.rule, bias_E=router.correction_E)
+    backend = backend_for(AUTO, logits_TE.device.type, logits_TE.dtype, "backend")
+    return run_select_experts(backend, logits_TE, router.rule, bias_E=router.correction_E, weights_dtype=torch.float32)
 
 
 def shared_experts(block: Any, hidden: Tensor, *, gated: bool = True) -> Tensor | None:

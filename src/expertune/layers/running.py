@@ -1,4 +1,4 @@
-"""Routing and expert MLP on the backend that a name and a device mean: what models and blocks share."""
+"""Routing, plan and expert MLP on the backend that a name and a device mean: what models and blocks share."""
 
 import logging
 from functools import cache
@@ -11,7 +11,7 @@ from expertune.layers.backends import AUTO, TORCH_GROUPED, pick_backend, unavail
 from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.experts.torch_grouped import grouped_expert_mlp
 from expertune.ops.experts.types import Activation, ExpertProjection
-from expertune.ops.plan import ExpertPlan
+from expertune.ops.plan import ExpertPlan, build_plan
 from expertune.ops.routing.select import select_experts
 from expertune.ops.routing.types import Routing, RoutingRule
 
@@ -20,6 +20,25 @@ logger = logging.getLogger("expertune")
 # torch.compile leaves this to Python: its backward is autograd's of any function, and it asks for addresses.
 WHY_NOT_COMPILED = "expertune's torch_grouped runs outside of the graphs of torch.compile"
 _grouped_expert_mlp = torch.compiler.disable(grouped_expert_mlp, reason=WHY_NOT_COMPILED)
+
+
+def run_build_plan(
+    backend: str,
+    expert_ids_TK: Tensor,
+    up: ExpertProjection,
+    *,
+    sentinels: bool = False,
+    tile: LinearTile | None = None,
+) -> ExpertPlan:
+    """The plan of a routing decision, with what a backend of `backend_for` wants in it; arguments of `build_plan`.
+
+    up: the first of the projections that it is for. tile: as for `run_expert_mlp`.
+    """
+    if backend == TORCH_GROUPED:
+        return build_plan(expert_ids_TK, up.num_experts, sentinels=sentinels)
+    from expertune.ops.experts.scattermoe.products import build_plan_and_tables
+
+    return build_plan_and_tables(expert_ids_TK, up, sentinels=sentinels, tile=tile)
 
 
 def run_expert_mlp(

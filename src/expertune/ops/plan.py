@@ -17,6 +17,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from expertune.ops.row_tables import RowTables
+
 
 @dataclass(frozen=True)
 class ExpertPlan:
@@ -28,6 +30,7 @@ class ExpertPlan:
     token_of_row_S: [S] int64, `slot_of_row_S // K`: the gather index of x.
     row_fence_F: [E + 1] int32, rows of expert e are `row_fence_F[e] : row_fence_F[e + 1]`.
     has_sentinels: rows from `row_fence_F[E]` on may exist; they belong to another rank and contribute nothing.
+    tables: the rows cut into tiles and chunks, if they were asked for; kernels that need others build them.
     """
 
     num_tokens: int
@@ -38,6 +41,7 @@ class ExpertPlan:
     token_of_row_S: Tensor
     row_fence_F: Tensor
     has_sentinels: bool
+    tables: RowTables | None = None
 
     @property
     def num_rows(self) -> int:
@@ -60,13 +64,17 @@ class ExpertPlan:
         return (rows_S >= self.row_fence_F[-1]).unsqueeze(-1)
 
 
-def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = False) -> ExpertPlan:
+def build_plan(
+    expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = False, table_rows: tuple[int, int] | None = None
+) -> ExpertPlan:
     """Sort the (token, expert) pairs of a routing decision by expert.
 
     expert_ids_TK: [T, K] integer, the experts of each token; any strides, T may be 0.
     num_experts: E, the number of local experts.
     sentinels: ids below 0 or from E on are allowed and mark rows of another rank. Without it such an id is an error,
         which is checked where looking costs no synchronisation (on the CPU, outside torch.compile).
+    table_rows: rows of a tile and of a chunk, where the sort on a GPU shall write these tables too (`row_tables`); in
+        vain on the CPU and under torch.compile, where the kernels that need tables build them.
     Deterministic: the sort is stable. On a GPU with Triton it is two launches (`counting_sort`).
     Raises ValueError on a wrong shape or dtype, or on an id out of range.
     """
@@ -79,10 +87,7 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
     num_tokens, top_k = expert_ids_TK.shape
     compiling = torch.compiler.is_compiling()
     if expert_ids_TK.is_cuda and (compiling or _has_triton()):  # torch.compile on a GPU has Triton, and cannot ask
-        from expertune.ops.counting_sort import sort_slots
-
-        rows = sort_slots(expert_ids_TK, num_experts)
-        return ExpertPlan(num_tokens, top_k, num_experts, *rows, has_sentinels=sentinels)
+        return _by_counting(expert_ids_TK, num_experts, sentinels=sentinels, table_rows=table_rows)
     ids_S = expert_ids_TK.reshape(-1)
     if sentinels:
         ids_S = torch.where(ids_S < 0, num_experts, ids_S)
@@ -107,6 +112,20 @@ def build_plan(expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = Fal
         row_fence_F=torch.searchsorted(sorted_ids_S, experts_F, out_int32=True),
         has_sentinels=sentinels,
     )
+
+
+def _by_counting(
+    expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool, table_rows: tuple[int, int] | None
+) -> ExpertPlan:
+    """The two launches."""
+    from expertune.ops.counting_sort import sort_and_cut, sort_slots
+
+    (num_tokens, top_k), tables = expert_ids_TK.shape, None
+    if table_rows is not None and not torch.compiler.is_compiling():
+        rows, tables = sort_and_cut(expert_ids_TK, num_experts, *table_rows)
+    else:
+        rows = sort_slots(expert_ids_TK, num_experts)
+    return ExpertPlan(num_tokens, top_k, num_experts, *rows, has_sentinels=sentinels, tables=tables)
 
 
 def _in_range(ids_S: Tensor, num_experts: int) -> bool:

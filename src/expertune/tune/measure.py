@@ -88,8 +88,9 @@ class Outcome:
 def scattermoe_step(problem: Problem, tile: LinearTile) -> Step:
     """Plan, forward and backward with a tile."""
     from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
+    from expertune.ops.experts.scattermoe.products import build_plan_and_tables
 
-    return ours(partial(scattermoe_expert_mlp, tile=tile), problem)
+    return ours(partial(scattermoe_expert_mlp, tile=tile), problem, partial(build_plan_and_tables, tile=tile))
 
 
 def describe_tile(tile: LinearTile) -> str:

@@ -41,6 +41,23 @@ def test_fp32_whatever_the_dtypes(dtype: torch.dtype, num_loras: int, autocast: 
     assert_agrees("logits", logits_TE, exact(x_TH, weight_EH, bias_E, *loras).float(), dtype=torch.float32)
 
 
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("hidden", [torch.bfloat16, torch.float32])
+def test_every_tensor_in_a_dtype_of_its_own(adapter: torch.dtype, weight: torch.dtype, hidden: torch.dtype) -> None:
+    """Nothing is rounded beyond what the tensors themselves are, and each gradient has its tensor's dtype."""
+    x_TH, weight_EH, bias_E, lora = tensors(torch.float32)
+    a_ERX, b_EYR = (each.to(adapter).requires_grad_() for each in (lora.a_ERX, lora.b_EYR))
+    x_TH, weight_EH = x_TH.to(hidden).requires_grad_(), weight_EH.to(weight).requires_grad_()
+    lora = ExpertLora(a_ERX, b_EYR, lora.scaling)
+    logits_TE = router_logits(x_TH, weight_EH, bias_E, loras=[lora])
+    assert_agrees("logits", logits_TE, exact(x_TH, weight_EH, bias_E, lora).float(), dtype=torch.float32)
+    leaves = (x_TH, weight_EH, a_ERX, b_EYR)
+    for leaf, grad in zip(leaves, torch.autograd.grad(logits_TE.square().sum(), leaves), strict=True):
+        assert grad.dtype == leaf.dtype
+        assert grad.norm() > 0
+
+
 def test_an_adapter_below_the_last_place_of_the_weight_counts() -> None:
     x_TH, weight_EH, bias_E, lora = tensors(torch.bfloat16, lora_scale=1e-5)
     weight_EH = weight_EH + weight_EH.sign() * 0.1  # none so small that it would feel the adapter

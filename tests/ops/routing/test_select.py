@@ -47,11 +47,14 @@ class Family:
 V3 = {"score": "sigmoid", "epsilon": 1e-20, "group_experts": 2}
 FAMILIES = (
     Family("qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter", {"score": "softmax"}),
+    Family("olmoe.modeling_olmoe.OlmoeTopKRouter", {"score": "softmax"}),
     Family("mixtral.modeling_mixtral.MixtralTopKRouter", {"score": "softmax", "normalize": True}),
     Family("gpt_oss.modeling_gpt_oss.GptOssTopKRouter", {"score": "softmax_of_chosen", "normalize": False}),
     Family("granitemoe.modeling_granitemoe.GraniteMoeTopKRouter", {"score": "softmax_of_chosen", "normalize": False}),
     Family("deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter", V3, has_bias=True, num_groups=4),
+    Family("deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter", V3, has_bias=True),
     Family("glm4_moe.modeling_glm4_moe.Glm4MoeTopkRouter", V3, has_bias=True),
+    Family("glm4_moe.modeling_glm4_moe.Glm4MoeTopkRouter", V3, has_bias=True, num_groups=2),
     Family("mistral4.modeling_mistral4.Mistral4TopkRouter", {"score": "softmax", "epsilon": 1e-20}, num_groups=4),
     Family(
         "deepseek_v2.modeling_deepseek_v2.DeepseekV2TopkRouter",
@@ -103,7 +106,10 @@ SCALED = ("deepseek_v2", "deepseek_v3", "deepseek_v4", "glm4_moe", "mistral4", "
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 @pytest.mark.parametrize(("num_experts", "top_k"), SIZES)
 @pytest.mark.parametrize("norm", [False, True])
-def test_equal_to_the_router_of_transformers(family: Family, num_experts: int, top_k: int, norm: bool) -> None:
+@pytest.mark.parametrize("plain", [False, True], ids=["", "no bias, no scaling"])
+def test_equal_to_the_router_of_transformers(
+    family: Family, num_experts: int, top_k: int, norm: bool, plain: bool
+) -> None:
     folder, file, name = family.path.split(".")
     try:
         router_class = getattr(importlib.import_module(f"transformers.models.{folder}.{file}"), name)
@@ -111,7 +117,7 @@ def test_equal_to_the_router_of_transformers(family: Family, num_experts: int, t
         pytest.skip(f"this Transformers has no {name}")
     num_groups = family.num_groups
     top_groups = min(num_groups, max(2, -(-top_k * num_groups // num_experts)))
-    scaling = 2.5 if folder in SCALED else 1.0
+    scaling = 2.5 if folder in SCALED and not plain else 1.0
     config = {
         "num_experts_per_tok": top_k, "hidden_size": num_experts, "num_experts": num_experts,
         "num_local_experts": num_experts, "norm_topk_prob": norm, "routed_scaling_factor": scaling,
@@ -123,7 +129,7 @@ def test_equal_to_the_router_of_transformers(family: Family, num_experts: int, t
     logits_TE = torch.randn(50, num_experts, generator=generator) * 2
     bias_E = None
     if family.has_bias:
-        bias_E = torch.randn(num_experts, generator=generator) * 0.1
+        bias_E = torch.randn(num_experts, generator=generator) * (0.0 if plain else 0.1)
         holder = getattr(router, "moe_statics", router)
         if hasattr(holder, "e_score_correction_bias"):
             holder.e_score_correction_bias.data.copy_(bias_E.view_as(holder.e_score_correction_bias))

@@ -12,11 +12,11 @@ from expertune.ops.experts.scattermoe.hopper import launch_hopper_linear, takes
 from expertune.ops.experts.scattermoe.linear import adapter_step, launch_expert_linear, launch_thin_linear
 from expertune.ops.experts.scattermoe.pack import PackedLora, lay_out_as, pack_lora
 from expertune.ops.experts.scattermoe.sums import RowsOf, launch_expert_sum
-from expertune.ops.experts.scattermoe.tiles import RowTables, build_row_tables
-from expertune.ops.experts.scattermoe.tiling import LinearTile
+from expertune.ops.experts.scattermoe.tiles import CHUNK_ROWS, RowTables, build_row_tables
+from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
 from expertune.ops.experts.torch_grouped import grouped_outer
 from expertune.ops.experts.types import ExpertLora, ExpertProjection
-from expertune.ops.plan import ExpertPlan
+from expertune.ops.plan import ExpertPlan, build_plan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -35,6 +35,23 @@ def at_home(rows: Tensor) -> Iterator[None]:
                 yield
         else:
             yield
+
+
+def build_plan_and_tables(
+    expert_ids_TK: Tensor, projection: ExpertProjection, *, sentinels: bool = False, tile: LinearTile | None = None
+) -> ExpertPlan:
+    """`build_plan` with the tables that `scattermoe_expert_mlp` and `pieces` read, all in two launches on a GPU.
+
+    projection: one of those that the plan is for. tile: as they will get it; the plan of another tile serves as well,
+    for a launch more. torch.compile traces a plan without tables: its ops build their own.
+    """
+    weight_EYX = projection.weight_EYX
+    check_dtype("projection.weight_EYX", weight_EYX)
+    num_experts = weight_EYX.shape[0]
+    if torch.compiler.is_compiling():
+        return build_plan(expert_ids_TK, num_experts, sentinels=sentinels)
+    tile = tile or pick_tile(expert_ids_TK.numel(), num_experts, weight_EYX.dtype, weight_EYX.device)
+    return build_plan(expert_ids_TK, num_experts, sentinels=sentinels, table_rows=(tile.rows, CHUNK_ROWS))
 
 
 class Grads(NamedTuple):
