@@ -165,7 +165,7 @@ def _tile(
         num_in, num_out, GATHER, TRANSPOSED, LAYOUT,
     )  # fmt: skip
     stage, phase = _step_on(stage, phase)
-    next_rows = _rows(row_index_ptr, next_place, LAYOUT, GATHER)  # wanted some steps on, as is what next_place waits for
+    next_rows = _rows(row_index_ptr, next_place, LAYOUT, GATHER)  # next_place has arrived; wanted some steps later
     for k in range(STEP, num_in - (STAGES - 1) * STEP, STEP):
         acc = _multiply(acc, buffers, stage, phase, True, BLOCK_S, GATHER, TRANSPOSED)
         _load_step(

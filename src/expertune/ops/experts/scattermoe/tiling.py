@@ -105,11 +105,11 @@ TILES = (
         (9, 0),
         2,
         LinearTile(halves=True, hopper=True),
-        "H200, bf16, rank 16, four products with and without hopper: Qwen3-30B-A3B, 8192 tokens 1942 and 2099 us, 32768 "
-        "tokens 7647 and 8130, GLM-4.5-Air 7517 and 8246, Mixtral-8x7B 17037 and 17390. Without it, the up projection "
-        "at 8192 tokens: 746 us, 64x256 twice on a multiprocessor 936, 128x128 1192, 256x128 982, k_step 32 with 5 or 6 "
-        "stages 757 to 779; four products with and without halves: Qwen3-30B-A3B 2036 and 2124 us, GLM-4.5-Air 7709 and "
-        "7724, gpt-oss-20b 4874 and 4922",
+        "H200, bf16, rank 16, four products with and without hopper: Qwen3-30B-A3B, 8192 tokens 1942 and 2099 us, "
+        "32768 tokens 7647 and 8130, GLM-4.5-Air 7517 and 8246, Mixtral-8x7B 17037 and 17390. Without it, the up "
+        "projection at 8192 tokens: 746 us, 64x256 twice on a multiprocessor 936, 128x128 1192, 256x128 982, k_step 32 "
+        "with 5 or 6 stages 757 to 779; four products with and without halves: Qwen3-30B-A3B 2036 and 2124 us, "
+        "GLM-4.5-Air 7709 and 7724, gpt-oss-20b 4874 and 4922",
     ),
     TileRow(
         (8, 0),
