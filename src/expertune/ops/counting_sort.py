@@ -7,9 +7,8 @@ the slots inside its block: several tiles at once, each slot compared with those
 added up as those of the blocks are. It can also cut the rows into tiles and chunks (`row_tables`): every program knows
 the fence, and one program more for each expert writes that expert's entries.
 
-torch.sort and what goes with it are a dozen launches (H200, 65536 slots: 45 us). These were 28 us, 24 of them launch 2,
-when its programs ranked four tiles one after the other, at 6100 instructions a warp on 255 registers; now it is 2300
-on 104, not yet timed (benchmarks/routing.py).
+torch's chain is a dozen launches. H200, K = 8, E = 128, with both tables: 11 us for 1024 tokens, 15 for 8192, 39 for
+32768, torch's chain without tables 104, 107 and 130 (benchmarks/routing.py). At E = 256 and 32768 tokens it is 89 us.
 An id that is no expert (below 0 or from E on) goes past the last expert, so that nothing is written out of bounds.
 """
 
@@ -30,7 +29,7 @@ OTHERS = 4  # slots of its tile that a thread compares its own with at once: one
 MAX_GROUPS = 4  # of slots, a tile each, ranked at once
 MAX_GROUP_BINS = 1024  # of all groups: a histogram's work grows with its bins
 MAX_COUNTS = 8192  # of several blocks, read at once
-NUM_WARPS = 8
+NUM_WARPS = 4  # 8 take half as long again where blocks are large: 137 against 89 us at E = 256, 32768 tokens (H200)
 BLOCK_ENTRIES = tl.constexpr(128)  # of a row table, of one expert, written at once
 
 
