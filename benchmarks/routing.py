@@ -309,7 +309,7 @@ def measure(problem: Problem, planners: dict[str, Planner], timer: Timer) -> lis
     shuffled = random.Random(num_tokens + num_experts)
     for _ in range(ROUNDS):
         for way in shuffled.sample(list(steps), len(steps)):
-            queued_us[way].append(1000 * timer.queued(many[way], host_ms[way]) / CALLS)
+            queued_us[way].append(1000 * timer.queued(many[way], 2 * host_ms[way]) / CALLS)
             idle_us[way].append(1000 * timer.idle(steps[way]).device_ms)
     rows: list[Row] = []
     for way in steps:
@@ -443,7 +443,7 @@ def measure_sets(search: Search, problem: Problem, timer: Timer) -> list[Row]:
             values, taken_us, host_ms = timed[key]
             with constants(search.module, values):
                 for name, step in passes.items():
-                    taken_us[name].append(1000 * timer.queued(step, host_ms[name]) / CALLS)
+                    taken_us[name].append(1000 * timer.queued(step, 2 * host_ms[name]) / CALLS)
     return [
         make_row((f"constants of {search.name}", name, text), num_tokens, num_experts, percentiles(taken), None, None)
         for text, key in of_set.items()

@@ -23,9 +23,9 @@ def activation_of(experts: nn.Module) -> Activation:
 
 
 def _is_default_gate(experts: nn.Module) -> bool:
-    from transformers.integrations import moe
+    from transformers.integrations.moe import _default_apply_gate  # torch 2.11 cannot trace an import of the module
 
-    return getattr(experts._apply_gate, "__func__", None) is moe._default_apply_gate
+    return getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
 
 
 def _is_silu(function: object) -> bool:
