@@ -1,6 +1,8 @@
 """What is made of the times: shares, ratios, and the ways that fail, are skipped or compute something else."""
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -8,19 +10,20 @@ import torch
 from expertune.bench.measure import Result, measure
 from expertune.bench.problem import Problem
 from expertune.bench.rivals import Step, Unavailable
-from expertune.bench.timing import ClockTimer, Timing
+from expertune.bench.timing import ClockTimer, Replay, Timing
 from expertune.bench.truth import reference_step
 from expertune.bench.ways import LIMIT, OURS, RIVAL, WAYS, Way
 
 
 @dataclass
 class Fake:
-    """A step that says how long it takes; `calls` collects the names of all that ran."""
+    """A step that says how long it takes, sustained a quarter of it; `calls` collects the names of all that ran."""
 
     name: str
     milliseconds: list[float]
     outputs: tuple[torch.Tensor, ...]
     calls: list[str]
+    sustained_ms: list[float] = field(default_factory=list)
 
     def __call__(self) -> tuple[torch.Tensor, ...]:
         self.calls.append(self.name)
@@ -28,6 +31,8 @@ class Fake:
 
 
 class FakeTimer:
+    turn_ms = 5.0
+
     def idle(self, step: Step) -> Timing:
         assert isinstance(step, Fake)
         step()
@@ -36,6 +41,21 @@ class FakeTimer:
     def queued(self, step: Step, host_ms: float) -> float:
         assert host_ms == 0.5
         return self.idle(step).device_ms / 2
+
+    def capture(self, step: Step) -> Replay:
+        assert isinstance(step, Fake)
+        if "synchronises" in step.name:
+            raise RuntimeError("called a synchronizing CUDA operation\nmore")
+        return step
+
+    def sustained(self, turns: Sequence[tuple[Replay, int]]) -> list[float]:
+        times_ms = []
+        for step, num_replays in turns:
+            assert isinstance(step, Fake)
+            assert num_replays == max(2, math.ceil(self.turn_ms / (step.milliseconds[0] / 2)))
+            step()
+            times_ms.append(step.sustained_ms.pop(0) if step.sustained_ms else step.milliseconds[0] / 4)
+        return times_ms
 
     def peak_bytes(self, step: Step) -> tuple[int | None, tuple[torch.Tensor, ...]]:
         return 2**29, step()
@@ -67,8 +87,10 @@ def test_shares_ratios_and_flops(problem: Problem) -> None:
     ours = results["ours"]
     assert (ours.p20_ms, ours.p50_ms, ours.p80_ms, ours.p50_queued_ms, ours.p50_host_ms) == (4, 4, 4, 2, 0.5)
     assert (ours.share_of_dense, ours.share_of_dense_queued, ours.peak_gib) == (0.5, 0.5, 0.5)
+    assert (ours.p50_sustained_ms, ours.share_of_dense_sustained, ours.speedup_sustained) == (1, 0.5, 2)
     assert (ours.best_rival, ours.speedup_over_best_rival) == ("b", 2)
     assert (results["a"].speedup_over_best_rival, results["b"].speedup_over_best_rival) == (0.8, 1)
+    assert (results["a"].speedup_sustained, results["dense"].speedup_sustained) == (0.8, None)
     assert ours.tflops == pytest.approx(problem.case.shape.base_flops(problem.case.tokens) / 4e-3 / 1e12)
     assert ours.errors == (0,) * 7
     assert results["dense"].errors == ()
@@ -80,15 +102,66 @@ def test_first_calls_and_warm_up_do_not_count(problem: Problem) -> None:
     assert results["ours"].p20_ms == pytest.approx(1.6)
 
 
-def test_all_ways_take_turns(problem: Problem) -> None:
-    calls: list[str] = []
+def test_every_round_has_an_order_of_its_own_that_follows_from_the_seed(problem: Problem) -> None:
     truth = reference_step(problem)
 
-    def way(name: str) -> Way:
-        return Way(name, OURS, lambda _problem: Fake(name, [1.0], truth, calls))
+    def rounds(problem: Problem) -> list[str]:
+        calls: list[str] = []
 
-    measure(problem, [way("a"), way("b")], FakeTimer(), repeats=5, tell=lambda _line: None)
-    assert "".join(calls[6:]) == "ab" * (3 + 5 + 5)
+        def way(name: str) -> Way:
+            return Way(name, OURS, lambda _problem: Fake(name, [1.0], truth, calls))
+
+        measure(problem, [way(name) for name in "abc"], FakeTimer(), repeats=5, tell=lambda _line: None)
+        timed = "".join(calls[9:])
+        return [timed[first : first + 3] for first in range(0, len(timed), 3)]
+
+    orders = rounds(problem)
+    assert len(orders) == 3 + 5 + 5 + 7
+    assert {"".join(sorted(each)) for each in orders} == {"abc"}
+    for some in (orders[:8], orders[8:13], orders[13:]):
+        assert len(set(some)) > 1
+    assert rounds(problem) == orders
+    assert rounds(replace(problem, seed=problem.seed + 1)) != orders
+
+
+def test_the_first_sustained_round_does_not_count(problem: Problem) -> None:
+    step = Fake("ours", [1.0], reference_step(problem), [], [900, 6, 5, 4, 3, 2, 1])
+    (result,) = measure(problem, [Way("ours", OURS, lambda _problem: step)], FakeTimer(), repeats=1, tell=print)
+    assert result.p50_sustained_ms == 3.5
+
+
+def test_what_cannot_be_captured_has_no_sustained_time_and_the_others_have(problem: Problem) -> None:
+    results, told = race(
+        problem,
+        ("dense", LIMIT, 2.0),
+        ("ours", OURS, 4.0),
+        ("synchronises", RIVAL, 6.0),
+        ("wrong", RIVAL, 1.0),
+        ("captured", RIVAL, 8.0),
+    )
+    synchronises = results["synchronises"]
+    assert (synchronises.status, synchronises.p50_ms, synchronises.p50_queued_ms) == ("ok", 6, 3)
+    assert (synchronises.p50_sustained_ms, synchronises.share_of_dense_sustained) == (None, None)
+    assert synchronises.speedup_sustained is None
+    assert (results["ours"].p50_sustained_ms, results["wrong"].p50_sustained_ms) == (1, 0.25)
+    assert (results["ours"].best_rival, results["ours"].speedup_over_best_rival) == ("synchronises", 1.5)
+    assert results["ours"].speedup_sustained == 2, "over the fastest rival that was captured and is right"
+    said = (
+        "no sustained time, it cannot be captured in a CUDA graph: RuntimeError: called a synchronizing CUDA operation"
+    )
+    assert [line for line in told.splitlines() if "sustained" in line] == [f"synchronises: {said}"]
+
+
+def test_replays_that_fail_leave_the_other_times(problem: Problem) -> None:
+    class Broken(FakeTimer):
+        def sustained(self, turns: Sequence[tuple[Replay, int]]) -> list[float]:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    told: list[str] = []
+    way = Way("ours", OURS, lambda problem: Fake("ours", [1.0], reference_step(problem), []))
+    (result,) = measure(problem, [way], Broken(), repeats=1, tell=told.append)
+    assert (result.status, result.p50_ms, result.p50_sustained_ms) == ("ok", 1, None)
+    assert told[-1] == "no sustained times: RuntimeError: an illegal memory access was encountered"
 
 
 def test_what_fails_or_is_skipped_is_a_result_and_the_others_go_on(problem: Problem) -> None:
@@ -134,6 +207,20 @@ def test_a_way_that_fails_later_has_no_figures(problem: Problem, fails_at: int) 
     assert good.status == "ok"
     assert good.best_rival is None
     assert good.p50_ms is not None
+
+
+def test_on_the_cpu_a_step_is_called_as_often_as_it_is_replayed() -> None:
+    calls: list[str] = []
+
+    def step(name: str) -> Step:
+        return lambda: calls.append(name) or ()  # type: ignore[func-returns-value]
+
+    timer = ClockTimer()
+    a, b = timer.capture(step("a")), timer.capture(step("b"))
+    times_ms = timer.sustained([(a, 3), (b, 2), (a, 1)])
+    assert "".join(calls[2:]) == "aaabba"
+    assert len(times_ms) == 3
+    assert all(ms > 0 for ms in times_ms)
 
 
 def test_without_repeats_to_speak_of_the_fifths_are_the_median(problem: Problem) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from rich.console import Console
 from expertune.bench import results as results_module
 from expertune.bench import run as run_module
 from expertune.bench.cases import Case
+from expertune.bench.figure import plot_png
+from expertune.bench.measure import Result
 from expertune.bench.results import CaseResults, csv_text, read_csv
 from expertune.bench.run import plot_files, run_bench
 from expertune.bench.timing import ClockTimer
-from expertune.bench.ways import Way, select_ways
+from expertune.bench.ways import LIMIT, OURS, Way, select_ways
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.files import write_whole
 from tests.bench.conftest import TINY
@@ -66,11 +69,19 @@ def test_the_csv_has_a_row_for_each_way_of_each_case(tmp_path: Path) -> None:
     assert {"gpu", "triton", "transformers", "peft", "axolotl", "expertune", "python"} <= set(ours)
     for row in (dense, ours, split):
         assert row["status"] == "ok"
-        for name in ("first_call_s", "p20_ms", "p50_ms", "p80_ms", "p50_queued_ms", "tflops", "share_of_dense"):
+        times = [f"{name}_ms" for name in ("p20", "p50", "p80", "p50_queued", "p50_sustained")]
+        shares = [f"share_of_dense{name}" for name in ("", "_queued", "_sustained")]
+        for name in ("first_call_s", "tflops", *times, *shares):
             assert float(row[name]) >= 0, name
         assert row["best_rival"] == "split on grouped_mm"
-    assert float(split["speedup_over_best_rival"]) == 1
-    assert dense["speedup_over_best_rival"] == ""
+    columns = list(dense)
+    for name in ("p50", "share_of_dense"):
+        unit = "_ms" if name == "p50" else ""
+        assert columns.index(f"{name}_sustained{unit}") == columns.index(f"{name}_queued{unit}") + 1
+    for name in ("speedup_over_best_rival", "speedup_sustained"):
+        assert float(split[name]) == 1
+        assert float(ours[name]) > 0
+        assert dense[name] == ""
     names = ("y", "dx", "dweights", "da_up", "db_up", "da_down", "db_down")
     assert float(ours["worst_error"]) == max(float(ours[f"error_{name}"]) for name in names) < 1e-5
     assert dense["worst_error"] == ""
@@ -90,7 +101,7 @@ def test_the_tables_fit_a_terminal_of_80_columns(tmp_path: Path) -> None:
     _, printed = bench(tmp_path, CASES[:1])
     assert "…" not in printed
     header = next(line for line in printed.splitlines() if line.startswith("way"))
-    assert header.split() == ["way", "ms", "queued", "TFLOP/s", "dense", "GiB", "first", "error", "rival"]
+    assert header.split() == ["way", "ms", "queued", "sustained", "dense", "rival", "GiB", "first", "error"]
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
@@ -100,6 +111,20 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
     assert f"written: {tmp_path / 'bench.png'}" in printed.replace("\n", "")
+
+
+@pytest.mark.parametrize("name", ["axolotl scattermoe_lora", "peft fold + grouped_mm"])
+def test_a_row_with_everything_in_it_is_one_line(name: str) -> None:
+    result = Result(
+        name, "rival", "ok", p50_ms=36.512, p50_queued_ms=35.123, p50_sustained_ms=37.456,
+        share_of_dense_sustained=0.16, speedup_sustained=1.0, peak_gib=10.25, first_call_s=87.1, errors=(7.2e-3,) * 7,
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=80)
+    run_module._print_table(CaseResults(CASES[0], 1, "bfloat16", 20, [result]), console)
+    assert isinstance(console.file, io.StringIO)
+    lines = [line for line in console.file.getvalue().splitlines() if line.strip()]
+    assert len(lines) == 2
+    assert lines[1].split()[-8:] == ["36.512", "35.123", "37.456", "16%", "1.00", "10.25", "87.1", "7.2e-03"]
 
 
 def test_without_matplotlib_the_csv_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +218,46 @@ def test_what_was_written_is_read_again_and_drawn_without_measuring(tmp_path: Pa
     (tmp_path / "bench.png").unlink()
     plot_files([tmp_path / "bench.csv"], Console(file=io.StringIO()), tmp_path)
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_from_before_there_were_sustained_times_is_read_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bench(tmp_path)
+    new = ("p50_sustained_ms", "share_of_dense_sustained", "speedup_sustained")
+    rows = [{name: cell for name, cell in row.items() if name not in new} for row in read(tmp_path)]
+    with (tmp_path / "old.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (old, *_), _ = read_csv((tmp_path / "old.csv").read_text())
+    assert old.results[1].p50_ms is not None
+    assert old.results[1].p50_sustained_ms is None
+    plot_files([tmp_path / "old.csv"], Console(file=io.StringIO()), tmp_path)
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_is_of_sustained_times_where_every_limit_has_one() -> None:
+    dense = Result("dense", LIMIT, "ok", p50_ms=2.0, p50_sustained_ms=3.0)
+    ours = Result("ours", OURS, "ok", p50_ms=5.0, share_of_dense=0.4)
+    ours = replace(ours, p50_sustained_ms=6.0, share_of_dense_sustained=0.5)
+    assert texts(dense, ours) >= {"50 %  6 ms", "   (100 % = 3 ms)"}
+    assert texts(dense, replace(ours, p50_sustained_ms=None)) >= {"cannot be captured in a CUDA graph"}
+    assert texts(replace(dense, p50_sustained_ms=None), ours) >= {"40 %  5 ms", "   (100 % = 2 ms)"}
+
+
+def texts(*results: Result) -> set[str]:
+    """What the plot of one case says."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn: set[str] = set()
+
+    class Figure(figure_module.Figure):
+        def savefig(self, *_args: object, **_options: object) -> None:
+            drawn.update(text.get_text() for text in self.axes[0].texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure_module, "Figure", Figure)
+        plot_png([CaseResults(CASES[0], 1, "bfloat16", 20, results)], {})
+    return drawn
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n"])

@@ -1,7 +1,8 @@
-"""One case: every way checked against the truth, then timed in turn in every repeat."""
+"""One case: every way checked against the truth, then timed in turn, in another order in every round."""
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from expertune.bench.problem import GRADIENTS, Problem
 from expertune.bench.rivals import Step, Unavailable
-from expertune.bench.timing import Timer, Timing
+from expertune.bench.timing import Replay, Timer, Timing
 from expertune.bench.truth import reference_step, relative_errors
 from expertune.bench.ways import LIMIT, RIVAL, Way
 
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 TENSORS = ("y", *GRADIENTS)
 _WARM_UP_ROUNDS = 3
+_SUSTAINED_ROUNDS = 7  # the first one warms up
+_FEWEST_REPLAYS = 2
 # bf16 ways are 4e-3 to 7e-3 from fp32; a lost adapter or a swapped expert is 0.3 and more.
 _WRONG_ABOVE = 0.05
 _LONGEST_NOTE = 200
@@ -32,9 +35,11 @@ class Result:
 
     status: "ok"; "wrong" (timed, but too far from fp32); "skipped" (cannot run here) or "failed", with the reason in
     note. first_call_s: building kernels and autotuning included. p20_ms, p50_ms, p80_ms: from an idle device.
-    p50_queued_ms: with the host ahead. p50_host_ms: launching alone. peak_gib: above the inputs. tflops: of the base
-    products. share_of_dense: the limit's time over this one's. speedup_over_best_rival: the fastest rival's time in
-    this case over this one's. errors: relative L2 error of y and each gradient against fp32, in the order of TENSORS.
+    p50_queued_ms: with the host ahead. p50_sustained_ms: captured and replayed back to back. p50_host_ms: launching
+    alone. peak_gib: above the inputs. tflops: of the base products, from an idle device. share_of_dense: the limit's
+    time over this one's. best_rival: the fastest from an idle device. speedup_over_best_rival: its time over this
+    one's. speedup_sustained: the same of sustained times, where another rival may be the fastest. errors: relative L2
+    error of y and each gradient against fp32, in the order of TENSORS.
     """
 
     way: str
@@ -46,13 +51,16 @@ class Result:
     p50_ms: float | None = None
     p80_ms: float | None = None
     p50_queued_ms: float | None = None
+    p50_sustained_ms: float | None = None
     p50_host_ms: float | None = None
     tflops: float | None = None
     share_of_dense: float | None = None
     share_of_dense_queued: float | None = None
+    share_of_dense_sustained: float | None = None
     peak_gib: float | None = None
     best_rival: str | None = None
     speedup_over_best_rival: float | None = None
+    speedup_sustained: float | None = None
     errors: tuple[float, ...] = ()
 
     @property
@@ -73,6 +81,7 @@ class _Run:
     errors: tuple[float, ...] = ()
     idle: list[Timing] = field(default_factory=list)
     queued_ms: list[float] = field(default_factory=list)
+    sustained_ms: list[float] = field(default_factory=list)
 
     def attempt(self, action: Callable[[Step], None], tell: Callable[[str], None]) -> None:
         """Do something with the step; an error ends this way, not the run."""
@@ -99,16 +108,23 @@ def measure(
 ) -> list[Result]:
     """Check and time every way on one problem; what cannot run or fails is a result too.
 
+    Clocks drop and caches fill while a round goes on, so that a fixed order would favour some ways: every round has its
+    own, drawn with the problem's seed.
+
     timer: of the device that the problem is on. repeats: calls of each way, both idle and queued. tell: takes a line
     about what is going on.
     """
     truth = reference_step(problem)
+    release_memory()  # what the truth needed is kept for its stream, the timer's calls run on another
     runs = [_Run(way) for way in ways]
     for run in runs:
         _build(run, problem, tell)
         run.attempt(partial(_check, run, truth, timer, tell), tell)
     del truth
-    _time(runs, timer, repeats, tell)
+    order = random.Random(problem.seed)
+    _time(runs, timer, repeats, order, tell)
+    _sustain(runs, timer, order, tell)
+    release_memory()  # the graphs hold what their steps work in
     return _results(problem, runs)
 
 
@@ -141,12 +157,12 @@ def _check(run: _Run, truth: Sequence[Tensor], timer: Timer, tell: Callable[[str
         tell(f"{WRONG}: {run.way.name}: {run.note}")
 
 
-def _time(runs: list[_Run], timer: Timer, repeats: int, tell: Callable[[str], None]) -> None:
+def _time(runs: Sequence[_Run], timer: Timer, repeats: int, order: random.Random, tell: Callable[[str], None]) -> None:
     for round_ in range(_WARM_UP_ROUNDS + repeats):
-        for run in runs:
+        for run in order.sample(runs, len(runs)):
             run.attempt(partial(_idle, run, timer, round_ >= _WARM_UP_ROUNDS), tell)
     for _ in range(repeats):
-        for run in runs:
+        for run in order.sample(runs, len(runs)):
             run.attempt(partial(_queued, run, timer), tell)
 
 
@@ -161,16 +177,48 @@ def _queued(run: _Run, timer: Timer, step: Step) -> None:
     run.queued_ms.append(timer.queued(step, host_ms))
 
 
+def _sustain(runs: Sequence[_Run], timer: Timer, order: random.Random, tell: Callable[[str], None]) -> None:
+    """All rounds at once, of the ways that can be captured; the others have no sustained time, and go on without."""
+    captured = []
+    for run in runs:
+        replay = _capture(run, timer, tell)
+        if replay is not None:
+            num_replays = math.ceil(timer.turn_ms / statistics.median(run.queued_ms))
+            captured.append((run, replay, max(num_replays, _FEWEST_REPLAYS)))
+    turns = [turn for _ in range(_SUSTAINED_ROUNDS) for turn in order.sample(captured, len(captured))]
+    try:
+        times_ms = timer.sustained([(replay, num_replays) for _, replay, num_replays in turns])
+    except Exception as error:
+        tell(f"no sustained times: {describe_error(error)}")
+        return
+    for (run, *_), ms in list(zip(turns, times_ms, strict=True))[len(captured) :]:
+        run.sustained_ms.append(ms)
+
+
+def _capture(run: _Run, timer: Timer, tell: Callable[[str], None]) -> Replay | None:
+    if run.step is None:
+        return None
+    try:
+        return timer.capture(run.step)
+    except Exception as error:
+        note = describe_error(error)
+    tell(f"{run.way.name}: no sustained time, it cannot be captured in a CUDA graph: {note}")
+    release_memory()  # only here, where the traceback no longer holds the step's tensors
+    return None
+
+
 def _results(problem: Problem, runs: list[_Run]) -> list[Result]:
     idle = {run.way.name: _median([timing.device_ms for timing in run.idle]) for run in runs}
     queued = {run.way.name: _median(run.queued_ms) for run in runs}
+    sustained = {run.way.name: _median(run.sustained_ms) for run in runs}
     limit = next((run.way.name for run in runs if run.way.kind == LIMIT), "")
     rivals = [run.way.name for run in runs if run.way.kind == RIVAL and run.status == OK]
     best = min(rivals, key=lambda name: idle[name] or math.inf, default=None)
+    best_sustained_ms = min((ms for name in rivals if (ms := sustained[name])), default=None)
     flops = problem.case.shape.base_flops(problem.case.tokens)
     results = []
     for run in runs:
-        p50_ms, p50_queued_ms = idle[run.way.name], queued[run.way.name]
+        p50_ms, p50_queued_ms, p50_sustained_ms = (times[run.way.name] for times in (idle, queued, sustained))
         p20_ms, p80_ms = _outer_fifths([timing.device_ms for timing in run.idle])
         results.append(
             Result(
@@ -183,13 +231,16 @@ def _results(problem: Problem, runs: list[_Run]) -> list[Result]:
                 p50_ms=p50_ms,
                 p80_ms=p80_ms,
                 p50_queued_ms=p50_queued_ms,
+                p50_sustained_ms=p50_sustained_ms,
                 p50_host_ms=_median([timing.host_ms for timing in run.idle]),
                 tflops=flops / p50_ms / 1e9 if p50_ms else None,
                 share_of_dense=_ratio(idle.get(limit), p50_ms),
                 share_of_dense_queued=_ratio(queued.get(limit), p50_queued_ms),
+                share_of_dense_sustained=_ratio(sustained.get(limit), p50_sustained_ms),
                 peak_gib=None if run.peak_bytes is None else run.peak_bytes / 2**30,
                 best_rival=best,
                 speedup_over_best_rival=_ratio(idle[best], p50_ms) if best and run.way.kind != LIMIT else None,
+                speedup_sustained=_ratio(best_sustained_ms, p50_sustained_ms) if run.way.kind != LIMIT else None,
                 errors=run.errors,
             )
         )

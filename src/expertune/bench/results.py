@@ -54,13 +54,16 @@ def rows(measured: CaseResults, environment: Mapping[str, str]) -> list[dict[str
             "p50_ms": _rounded(result.p50_ms, 4),
             "p80_ms": _rounded(result.p80_ms, 4),
             "p50_queued_ms": _rounded(result.p50_queued_ms, 4),
+            "p50_sustained_ms": _rounded(result.p50_sustained_ms, 4),
             "p50_host_ms": _rounded(result.p50_host_ms, 4),
             "tflops": _rounded(result.tflops, 1),
             "share_of_dense": _rounded(result.share_of_dense, 4),
             "share_of_dense_queued": _rounded(result.share_of_dense_queued, 4),
+            "share_of_dense_sustained": _rounded(result.share_of_dense_sustained, 4),
             "peak_gib": _rounded(result.peak_gib, 3),
             "best_rival": result.best_rival or "",
             "speedup_over_best_rival": _rounded(result.speedup_over_best_rival, 3),
+            "speedup_sustained": _rounded(result.speedup_sustained, 3),
             "worst_error": _scientific(result.worst_error),
             **{
                 f"error_{name}": _scientific(result.errors[index] if result.errors else None)
@@ -85,6 +88,8 @@ def csv_text(measured: Sequence[CaseResults], environment: Mapping[str, str]) ->
 
 def read_csv(text: str) -> tuple[list[CaseResults], dict[str, str]]:
     """What `csv_text` wrote: the cases with their results, and where they were measured (of the first row).
+
+    A column of a number that an older file does not have is empty.
 
     Raises ValueError if it is no such file.
     """

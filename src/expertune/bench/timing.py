@@ -2,17 +2,22 @@
 
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 
+from expertune.bench.graphs import capture
 from expertune.bench.rivals import Step
 from expertune.errors import ConfigError
 
 _MIN_HOLD_MS = 2.0  # the host needs 0.3 to 2 ms to launch a step
 _MAX_HOLD_MS = 25.0
 _CALIBRATION_CYCLES = 4_000_000  # about 2 ms
+
+Replay = Callable[[], object]
+"""A captured step: one launch does all of it."""
 
 
 class Timing(NamedTuple):
@@ -23,15 +28,30 @@ class Timing(NamedTuple):
 
 
 class Timer(Protocol):
-    """Times single calls of a step."""
+    """Times single calls of a step, and many back to back."""
 
     def idle(self, step: Step) -> Timing:
         """From an idle device, as the first layer of a model meets it: gaps between launches count."""
 
     def queued(self, step: Step, host_ms: float) -> float:
-        """The device's milliseconds where the host runs ahead, as in training: gaps between launches do not count.
+        """The device's milliseconds where the host runs ahead: gaps between launches do not count.
 
         host_ms: what launching the step takes; the device is held up for longer than that.
+        """
+
+    @property
+    def turn_ms(self) -> float:
+        """How long a turn of `sustained` should last."""
+
+    def capture(self, step: Step) -> Replay:
+        """The whole step, forward and backward, ready for `sustained`; raises what it is that cannot be captured."""
+
+    def sustained(self, turns: Sequence[tuple[Replay, int]]) -> list[float]:
+        """Milliseconds of a replay in each turn, a captured step and how often; all of them without a pause.
+
+        As in training, which runs step after step at the power limit: `queued` holds the device up before each call,
+        so that it is cool and its clocks are highest. And the host of some machines needs longer to launch a step than
+        the device to run it; a replay is a single launch.
         """
 
     def peak_bytes(self, step: Step) -> tuple[int | None, tuple[torch.Tensor, ...]]:
@@ -40,9 +60,15 @@ class Timer(Protocol):
 
 @dataclass(frozen=True)
 class CudaTimer:
-    """Device events. cycles_per_ms: of the spinning kernel that holds the device up."""
+    """Device events.
+
+    cycles_per_ms: of the spinning kernel that holds the device up. stream: where every call runs, because no step can
+    be captured on the default stream, nor on another one than its earlier calls.
+    """
 
     cycles_per_ms: float
+    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
+    turn_ms: float = 60.0
 
     @classmethod
     def calibrated(cls) -> "CudaTimer":
@@ -59,11 +85,12 @@ class CudaTimer:
     def idle(self, step: Step) -> Timing:
         start, end = _event(), _event()
         torch.cuda.synchronize()
-        started = time.perf_counter()
-        start.record()
-        step()
-        end.record()
-        host_ms = 1000 * (time.perf_counter() - started)
+        with torch.cuda.stream(self.stream):
+            started = time.perf_counter()
+            start.record()
+            step()
+            end.record()
+            host_ms = 1000 * (time.perf_counter() - started)
         end.synchronize()
         return Timing(start.elapsed_time(end), host_ms)
 
@@ -71,18 +98,35 @@ class CudaTimer:
         start, end = _event(), _event()
         hold_ms = min(max(_MIN_HOLD_MS, 1.5 * host_ms), _MAX_HOLD_MS)
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(hold_ms * self.cycles_per_ms))
-        start.record()
-        step()
-        end.record()
+        with torch.cuda.stream(self.stream):
+            torch.cuda._sleep(int(hold_ms * self.cycles_per_ms))
+            start.record()
+            step()
+            end.record()
         end.synchronize()
         return start.elapsed_time(end)
+
+    def capture(self, step: Step) -> Replay:
+        return capture(step, self.stream)
+
+    def sustained(self, turns: Sequence[tuple[Replay, int]]) -> list[float]:
+        marks = [_event() for _ in range(len(turns) + 1)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            marks[0].record()
+            for (replay, num_replays), mark in zip(turns, marks[1:], strict=True):
+                for _ in range(num_replays):
+                    replay()
+                mark.record()
+        marks[-1].synchronize()
+        return [marks[i].elapsed_time(marks[i + 1]) / num_replays for i, (_, num_replays) in enumerate(turns)]
 
     def peak_bytes(self, step: Step) -> tuple[int | None, tuple[torch.Tensor, ...]]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        result = step()
+        with torch.cuda.stream(self.stream):
+            result = step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, result
 
@@ -99,7 +143,9 @@ def find_gpu(command: str) -> tuple[torch.device, Timer]:
 
 
 class ClockTimer:
-    """Wall time; nothing is queued on the CPU, and its memory is not counted."""
+    """Wall time; nothing is queued or captured on the CPU, and its memory is not counted."""
+
+    turn_ms = 0.0
 
     def idle(self, step: Step) -> Timing:
         started = time.perf_counter()
@@ -109,6 +155,19 @@ class ClockTimer:
 
     def queued(self, step: Step, host_ms: float) -> float:
         return self.idle(step).device_ms
+
+    def capture(self, step: Step) -> Replay:
+        step()
+        return step
+
+    def sustained(self, turns: Sequence[tuple[Replay, int]]) -> list[float]:
+        times_ms = []
+        for replay, num_replays in turns:
+            started = time.perf_counter()
+            for _ in range(num_replays):
+                replay()
+            times_ms.append(1000 * (time.perf_counter() - started) / num_replays)
+        return times_ms
 
     def peak_bytes(self, step: Step) -> tuple[int | None, tuple[torch.Tensor, ...]]:
         return None, step()

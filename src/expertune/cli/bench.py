@@ -62,7 +62,11 @@ def bench(
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where bench.csv and bench.png go.")
     ] = Path("runs/bench"),
 ) -> None:
-    """Time the expert MLP with LoRA, forward and backward, beside its rivals and dense cuBLAS."""
+    """Time the expert MLP with LoRA, forward and backward, beside its rivals and dense cuBLAS.
+
+    Three times for each: from an idle GPU; queued, with the host ahead; sustained, as CUDA graphs that are replayed
+    step after step, as in training. What cannot be captured has no sustained time.
+    """
     console = Output()
     with reporting_errors():
         from expertune.bench.cases import select_cases
