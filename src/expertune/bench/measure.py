@@ -22,7 +22,7 @@ from expertune.bench.ways import LIMIT, RIVAL, Way
 OK, WRONG, SKIPPED, FAILED = "ok", "wrong", "skipped", "failed"
 TENSORS = ("y", *GRADIENTS)
 _WARM_UP_ROUNDS = 3
-_SUSTAINED_ROUNDS = 7  # the first one warms up
+_SUSTAINED_ROUNDS = 6  # the first one warms up
 _FEWEST_REPLAYS = 2
 # bf16 ways are 4e-3 to 7e-3 from fp32; a lost adapter or a swapped expert is 0.3 and more.
 _WRONG_ABOVE = 0.05

@@ -15,6 +15,7 @@ from expertune.errors import ConfigError
 _MIN_HOLD_MS = 2.0  # the host needs 0.3 to 2 ms to launch a step
 _MAX_HOLD_MS = 25.0
 _CALIBRATION_CYCLES = 4_000_000  # about 2 ms
+_SETTLING_TURNS = 2  # of replays before those that count
 
 Replay = Callable[[], object]
 """A captured step: one launch does all of it."""
@@ -47,11 +48,12 @@ class Timer(Protocol):
         """The whole step, forward and backward, ready for `sustained`; raises what it is that cannot be captured."""
 
     def sustained(self, turns: Sequence[tuple[Replay, int]]) -> list[float]:
-        """Milliseconds of a replay in each turn, a captured step and how often; all of them without a pause.
+        """Milliseconds of a replay in each turn, a captured step and how often it counts; all of them without a pause.
 
         As in training, which runs step after step at the power limit: `queued` holds the device up before each call,
         so that it is cool and its clocks are highest. And the host of some machines needs longer to launch a step than
-        the device to run it; a replay is a single launch.
+        the device to run it; a replay is a single launch. Before those that count a turn has twice as many that do not,
+        for clocks that are the step's own: they follow the power drawn in the last tenths of a second.
         """
 
     def peak_bytes(self, step: Step) -> tuple[int | None, tuple[torch.Tensor, ...]]:
@@ -110,16 +112,19 @@ class CudaTimer:
         return capture(step, self.stream)
 
     def sustained(self, turns: Sequence[tuple[Replay, int]]) -> list[float]:
-        marks = [_event() for _ in range(len(turns) + 1)]
+        marks = [(_event(), _event()) for _ in turns]
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
-            marks[0].record()
-            for (replay, num_replays), mark in zip(turns, marks[1:], strict=True):
-                for _ in range(num_replays):
+            for (replay, num_replays), (start, end) in zip(turns, marks, strict=True):
+                for i in range(_SETTLING_TURNS * num_replays + num_replays):
+                    if i == _SETTLING_TURNS * num_replays:
+                        start.record()
                     replay()
-                mark.record()
-        marks[-1].synchronize()
-        return [marks[i].elapsed_time(marks[i + 1]) / num_replays for i, (_, num_replays) in enumerate(turns)]
+                end.record()
+        torch.cuda.synchronize()
+        return [
+            start.elapsed_time(end) / num_replays for (start, end), (_, num_replays) in zip(marks, turns, strict=True)
+        ]
 
     def peak_bytes(self, step: Step) -> tuple[int | None, tuple[torch.Tensor, ...]]:
         torch.cuda.synchronize()
