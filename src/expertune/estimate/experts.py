@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertune.estimate.ledger import EXCHANGE, EXPERTS, Ledger
 from expertune.integrations.adapters import active_lora
@@ -48,27 +49,26 @@ def experts_on_paper(ledger: Ledger, backend: str, *, expert_parallel: bool = Fa
     backend: scattermoe or torch_grouped. expert_parallel: tokens are exchanged with other ranks.
     """
 
+    def run(
+        x_TH: Tensor, weights_TK: Tensor, up: ExpertProjection, down: ExpertProjection, activation: Activation
+    ) -> Tensor:
+        num_tokens = weights_TK.shape[0]
+        if expert_parallel:  # each row that comes in is a token with one expert
+            x_TH, weights_TK = _Dispatch.apply(ledger, x_TH, weights_TK)
+        with ledger.scope(EXPERTS, passing=True):
+            plan = plan_on_paper(weights_TK.shape[0], weights_TK.shape[1], up.num_experts, x_TH.device)
+            if backend == TORCH_GROUPED:
+                y_TH = grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
+        if backend != TORCH_GROUPED:
+            y_TH = scattermoe_on_paper(ledger, x_TH, weights_TK, plan, up, down, activation)
+        return _Combine.apply(ledger, num_tokens, y_TH) if expert_parallel else y_TH
+
     def forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         up_name, down_name = projection_names(experts)
         up = read_projection(experts, up_name, active_lora(experts, up_name))
         down = read_projection(experts, down_name, active_lora(experts, down_name))
-        activation, (num_tokens, top_k) = activation_of(experts), top_k_index.shape
-        x_TH, weights_TK = hidden_states.to(up.weight_EYX.dtype), top_k_weights
-        if expert_parallel:  # each row is now a token with one expert
-            x_TH, weights_TK = _Dispatch.apply(ledger, top_k, x_TH, weights_TK)
-            top_k, local_tokens = 1, num_tokens * top_k
-        else:
-            local_tokens = num_tokens
-        with ledger.scope(EXPERTS, passing=True):
-            plan = plan_on_paper(local_tokens, top_k, up.num_experts, x_TH.device)
-        if backend == TORCH_GROUPED:
-            with ledger.scope(EXPERTS, passing=True):
-                y_TH = grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
-        else:
-            y_TH = scattermoe_on_paper(ledger, x_TH, weights_TK, plan, up, down, activation)
-        if expert_parallel:
-            y_TH = _Combine.apply(ledger, num_tokens, y_TH)
-        return y_TH.to(hidden_states.dtype)
+        x_TH = hidden_states.to(up.weight_EYX.dtype)
+        return run(x_TH, top_k_weights, up, down, activation_of(experts)).to(hidden_states.dtype)
 
     return forward
 
@@ -121,6 +121,7 @@ class _ScatterMoE(torch.autograd.Function):
             z_SH, u2_SR = _project(options.plan, a_SI, down)
             del a_SI
             y_TH = z_SH.new_empty(options.plan.num_tokens, z_SH.shape[1])
+            del z_SH
         ctx.options = options
         ctx.save_for_backward(x_TH, weights_TK, h_SJ, u1_SR, u2_SR, *flat)
         return y_TH
@@ -254,13 +255,25 @@ def _no_autocast(rows: Tensor) -> torch.autocast:
     return torch.autocast(rows.device.type, enabled=False)
 
 
+class GroupedProducts(TorchDispatchMode):
+    """Within it, torch's grouped products allocate their result alone: on paper torch has them for bfloat16 only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        left, right, offsets, *_ = args
+        if right.dim() == 3:  # rows [S, X] times the [X, Y] of their expert
+            return left.new_empty(left.shape[0], right.shape[2])
+        return left.new_empty(offsets.shape[0], left.shape[0], right.shape[1])
+
+
 class _Dispatch(torch.autograd.Function):
     """x [T, H] to the rows [S, H] that came in, with their weights [S, 1]."""
 
     @staticmethod
-    def forward(ctx, ledger, top_k, x_TH, weights_TK):  # type: ignore[no-untyped-def]
-        ctx.ledger, ctx.num_tokens, ctx.top_k = ledger, x_TH.shape[0], top_k
-        num_rows = x_TH.shape[0] * top_k
+    def forward(ctx, ledger, x_TH, weights_TK):  # type: ignore[no-untyped-def]
+        ctx.ledger, (ctx.num_tokens, ctx.top_k) = ledger, weights_TK.shape
+        num_rows = ctx.num_tokens * ctx.top_k
         with ledger.scope(EXCHANGE):
             sent_SH = x_TH.new_empty(num_rows, x_TH.shape[1])
             received_SH = torch.empty_like(sent_SH)
@@ -272,7 +285,7 @@ class _Dispatch(torch.autograd.Function):
         with ctx.ledger.scope(EXCHANGE):
             returned_SH = torch.empty_like(dx_SH)
         dx_TH = returned_SH.new_empty(ctx.num_tokens, dx_SH.shape[1])
-        return None, None, dx_TH, dweights_S1.new_empty(ctx.num_tokens, ctx.top_k)
+        return None, dx_TH, dweights_S1.new_empty(ctx.num_tokens, ctx.top_k)
 
 
 class _Combine(torch.autograd.Function):

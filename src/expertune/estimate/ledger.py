@@ -49,8 +49,8 @@ class Ledger(TorchDispatchMode):
 
     alive: bytes by kind, now. moments: those that may be the peak, also where gradients are shared among GPUs: at every
     other moment one of these has as much of each kind of gradients, and as much of all the rest.
-    Without a `scope` the kind is by where it happens: in the forward, in a layer that checkpointing computes again
-    (there gradients are enabled), or in the backward.
+    Without a `scope` the kind is by where it happens: in the forward, in what checkpointing computes again
+    (`checkpointed`), or in the backward.
     """
 
     def __init__(self) -> None:
@@ -60,6 +60,7 @@ class Ledger(TorchDispatchMode):
         self.in_backward = False
         self._kind_of: dict[int, tuple[str, int]] = {}  # of each storage that is alive: kind and bytes
         self._scope: tuple[str, list[int]] | None = None
+        self._again = False
         self._grew = False
 
     @property
@@ -84,6 +85,15 @@ class Ledger(TorchDispatchMode):
             if passing:
                 for key in made:
                     self._move(key, self._kind_here())
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """What is made inside of this during the backward is computed again."""
+        self._again = self.in_backward
+        try:
+            yield
+        finally:
+            self._again = False
 
     def relabel(self, tensor: Tensor, kind: str) -> None:
         """Give the storage of a tensor another kind."""
@@ -129,7 +139,7 @@ class Ledger(TorchDispatchMode):
             return self._scope[0]
         if not self.in_backward:
             return KEPT
-        return RECOMPUTED if torch.is_grad_enabled() else PASSING
+        return RECOMPUTED if self._again else PASSING
 
     def _forget(self, key: int) -> None:
         if self._grew:  # the moment before the first release after growth is the only one that can be a peak

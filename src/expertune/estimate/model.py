@@ -98,7 +98,7 @@ def count(model: PeftModel) -> ModelBytes:
     named = list(model.named_parameters())
     frozen = [(name, p) for name, p in named if not p.requires_grad]
     trained = [(name, p) for name, p in named if p.requires_grad]
-    layers = _layers(model)
+    layers = layers_of(model)
     per_layer = [_split(layer.named_parameters(prefix=prefix), expert_names) for prefix, layer in layers]
     inside = {id(p) for _, layer in layers for p in layer.parameters()}
     experts, others = _split(frozen, expert_names)
@@ -159,8 +159,8 @@ def _split(named: Any, expert_names: tuple[str, ...]) -> tuple[list[Tensor], lis
     return experts, others
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder layers: the members of the module lists that hold attention or experts and lie in no other."""
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers by name: the members of the module lists that lie in no other."""
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer, _ in found):

@@ -4,14 +4,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.hooks import RemovableHandle
 
-from expertune.estimate.experts import experts_on_paper
+from expertune.estimate.experts import GroupedProducts, experts_on_paper
 from expertune.estimate.ledger import EXPERT_GRADIENTS, HEAD, OTHER_GRADIENTS, Ledger, Moment
 from expertune.estimate.model import expert_prefixes, is_of_experts, put_on_paper
 from expertune.estimate.stand_ins import attention_on_paper, fused_loss_on_paper
@@ -69,15 +71,15 @@ class Paper:
     def run(self, step: Step) -> Course:
         """Run one step: two passes if gradients accumulate, the second of them in the ledger's moments."""
         ledger = Ledger()
-        hooks = []
+        hooks: list[RemovableHandle] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 kind = EXPERT_GRADIENTS if is_of_experts(name, self._prefixes) else OTHER_GRADIENTS
                 hooks.append(ledger.mark_gradient(parameter, kind))
         try:
-            with warnings.catch_warnings(), self.mode, _stand_ins(ledger, step):
+            with warnings.catch_warnings(), self.mode, GroupedProducts(), _stand_ins(ledger, step):
                 warnings.simplefilter("ignore")  # deprecations of Transformers, torch_grouped's look at addresses
-                _set_checkpointing(self.model, step)
+                hooks += _set_checkpointing(self.model, step, ledger)
                 with ledger:
                     for _ in range(2 if step.accumulates else 1):
                         after_forward = _pass(self.model, step, ledger)
@@ -133,14 +135,27 @@ def _loss(model: PeftModel, step: Step, inputs: dict[str, Tensor], ledger: Ledge
     return loss
 
 
-def _set_checkpointing(model: PeftModel, step: Step) -> None:
+def _set_checkpointing(model: PeftModel, step: Step, ledger: Ledger) -> list[RemovableHandle]:
+    """Returns the hook by which the embeddings' output gets a gradient, as TRL asks of adapters with checkpointing."""
     model.train()
-    if step.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": step.reentrant})
-        model.enable_input_require_grads()
-    else:
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
+    model.gradient_checkpointing_disable()
+    if not step.checkpointing:
+        return []
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": step.reentrant})
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = partial(_checkpoint, ledger, module._gradient_checkpointing_func)
+    return [model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True))]
+
+
+def _checkpoint(ledger: Ledger, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """The same, telling the ledger when the function runs again."""
+
+    def run(*inputs: Any) -> Any:
+        with ledger.checkpointed():
+            return function(*inputs)
+
+    return checkpoint(run, *args)
 
 
 @contextmanager
