@@ -71,6 +71,8 @@ class Paper:
     def run(self, step: Step) -> Course:
         """Run one step: two passes if gradients accumulate, the second of them in the ledger's moments."""
         ledger = Ledger()
+        embedding_hooks = self.model.get_input_embeddings()._forward_hooks
+        hooks_before = set(embedding_hooks)
         hooks: list[RemovableHandle] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -79,7 +81,7 @@ class Paper:
         try:
             with warnings.catch_warnings(), self.mode, GroupedProducts(), _stand_ins(ledger, step):
                 warnings.simplefilter("ignore")  # deprecations of Transformers, torch_grouped's look at addresses
-                hooks += _set_checkpointing(self.model, step, ledger)
+                _set_checkpointing(self.model, step, ledger)
                 with ledger:
                     for _ in range(2 if step.accumulates else 1):
                         after_forward = _pass(self.model, step, ledger)
@@ -88,6 +90,8 @@ class Paper:
         finally:
             for hook in hooks:
                 hook.remove()
+            for key in set(embedding_hooks) - hooks_before:  # Transformers adds several and removes one
+                del embedding_hooks[key]
         return Course(tuple(ledger.moments), after_forward)
 
 
@@ -135,17 +139,16 @@ def _loss(model: PeftModel, step: Step, inputs: dict[str, Tensor], ledger: Ledge
     return loss
 
 
-def _set_checkpointing(model: PeftModel, step: Step, ledger: Ledger) -> list[RemovableHandle]:
-    """Returns the hook by which the embeddings' output gets a gradient, as TRL asks of adapters with checkpointing."""
+def _set_checkpointing(model: PeftModel, step: Step, ledger: Ledger) -> None:
     model.train()
     model.gradient_checkpointing_disable()
     if not step.checkpointing:
-        return []
+        return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": step.reentrant})
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = partial(_checkpoint, ledger, module._gradient_checkpointing_func)
-    return [model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True))]
+    model.enable_input_require_grads()  # as TRL does
 
 
 def _checkpoint(ledger: Ledger, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
