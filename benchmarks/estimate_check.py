@@ -120,7 +120,7 @@ def settings_of(case: Case, folder: Path, *, tiny: bool) -> Settings:
 def estimated_bytes(case: Case, settings: Settings) -> int:
     built = adapt_on_meta(case.model, settings.config)
     model = count(built)
-    step = step_of(settings, checkpointing=case.checkpointing, expert_parallel=False, rows=case.rows)
+    step = step_of(settings, checkpointing=case.checkpointing, rows=case.rows)
     course = Paper(built).run(step)
     return memory_on(Layout(), model, optimizer_bytes(settings.config.optimizer), course).allocated_bytes
 

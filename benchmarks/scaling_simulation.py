@@ -9,7 +9,7 @@ by the paper's own rule. Experts lie on the GPUs of a group in order, 8 GPUs a n
 A MoE layer exchanges rows of H bf16 values four times: dispatch and combine in the forward, their gradients in the
 backward. Two ways to send them are counted:
 
-    plain           a copy for each of a token's K experts, as an all-to-all of routed rows sends them
+    once a GPU      one copy of a token for each GPU that has any of its K experts, as expertune sends them (NCCL)
     once a node     one copy for each node that has any of them, spread by NVLink inside (DeepEP)
 
     time of an exchange = max(bytes by NVLink / NVLINK, bytes by InfiniBand / INFINIBAND) x balance
@@ -109,15 +109,19 @@ CASES = (
 class Traffic:
     """Copies of a token that one exchange sends, on average, and how even the load is.
 
-    plain_node, plain_out: to other GPUs of the node and to other nodes, a copy for each expert. once_node: to other
-    GPUs, a copy for each. once_out: to other nodes, a copy for each. balance: rows of the fullest GPU over the mean.
+    to_node, to_others: to other GPUs of the node and to GPUs of other nodes, a copy for each GPU. nodes: to other
+    nodes, a copy for each node. balance: rows of the fullest GPU over the mean.
     """
 
-    plain_node: float
-    plain_out: float
-    once_node: float
-    once_out: float
+    to_node: float
+    to_others: float
+    nodes: float
     balance: float
+
+    @property
+    def to_gpus(self) -> float:
+        """To other GPUs, wherever they are."""
+        return self.to_node + self.to_others
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,8 @@ class Row:
     num_gpus: int
     group: int
     traffic: Traffic
-    plain_ms: float
-    once_ms: float
+    by_gpu_ms: float
+    by_node_ms: float
     experts_ms: float
     gradients_ms: float
 
@@ -169,11 +173,11 @@ def traffic_of(model: Model, group: int) -> Traffic:
     own_node_T1 = own_gpu_T1 // GPUS_OF_A_NODE
     other_node_TK, other_gpu_TK = node_TK != own_node_T1, gpu_TK != own_gpu_T1
     rows_G = torch.bincount(gpu_TK.flatten(), minlength=group).double()
+    first_TK = _first_of(gpu_TK)
     return Traffic(
-        plain_node=_mean(other_gpu_TK & ~other_node_TK),
-        plain_out=_mean(other_node_TK),
-        once_node=_mean(_first_of(gpu_TK) & other_gpu_TK),
-        once_out=_mean(_first_of(node_TK) & other_node_TK),
+        to_node=_mean(first_TK & other_gpu_TK & ~other_node_TK),
+        to_others=_mean(first_TK & other_node_TK),
+        nodes=_mean(_first_of(node_TK) & other_node_TK),
         balance=float(rows_G.max() / rows_G.mean()),
     )
 
@@ -232,8 +236,8 @@ def simulate(model: Model, num_gpus: int, group: int) -> Row:
         num_gpus,
         group,
         traffic,
-        plain_ms=EXCHANGES * exchange_ms(model, traffic.plain_node, traffic.plain_out, traffic.balance),
-        once_ms=EXCHANGES * exchange_ms(model, traffic.once_node, traffic.once_out, traffic.balance),
+        by_gpu_ms=EXCHANGES * exchange_ms(model, traffic.to_node, traffic.to_others, traffic.balance),
+        by_node_ms=EXCHANGES * exchange_ms(model, traffic.to_gpus, traffic.nodes, traffic.balance),
         experts_ms=1000 * flops / measured_experts()[model.speed_of],
         gradients_ms=1000 * share * model.layer_adapter_bytes / group / INFINIBAND,
     )
@@ -242,22 +246,22 @@ def simulate(model: Model, num_gpus: int, group: int) -> Row:
 def layer_table(rows: list[Row]) -> Iterator[str]:
     yield (
         "| model | GPUs | layout (ep x replicate) | expert weights, GiB a GPU | nodes a token goes to | "
-        "leaves the GPU, MiB | leaves the node, MiB: plain / once | balance | exchange, ms: plain / once | "
-        "experts, ms | efficiency: plain / once / once, overlapped | adapters' gradients, ms |"
+        "leaves the GPU, MiB | leaves the node, MiB: a GPU / a node | balance | exchange, ms: a GPU / a node | "
+        "experts, ms | efficiency: a GPU / a node / a node, overlapped | adapters' gradients, ms |"
     )
     yield "|" + " --- |" + " ---: |" * 11
     for row in rows:
         t, mib = row.traffic, TOKENS_OF_A_GPU * row.model.row_bytes / 2**20
         efficiencies = (
-            row.efficiency(row.plain_ms, overlapped=False),
-            row.efficiency(row.once_ms, overlapped=False),
-            row.efficiency(row.once_ms, overlapped=True),
+            row.efficiency(row.by_gpu_ms, overlapped=False),
+            row.efficiency(row.by_node_ms, overlapped=False),
+            row.efficiency(row.by_node_ms, overlapped=True),
         )
         cells = (
             row.model.name, f"{row.num_gpus}", f"{row.group} x {row.num_gpus // row.group}",
-            f"{row.model.weight_bytes / row.group / 2**30:.1f}", f"{t.once_out:.1f}",
-            f"{(t.plain_node + t.plain_out) * mib:.0f}", f"{t.plain_out * mib:.0f} / {t.once_out * mib:.0f}",
-            f"{t.balance:.2f}", f"{row.plain_ms:.1f} / {row.once_ms:.1f}", f"{row.experts_ms:.1f}",
+            f"{row.model.weight_bytes / row.group / 2**30:.1f}", f"{t.nodes:.1f}",
+            f"{t.to_gpus * mib:.0f}", f"{t.to_others * mib:.0f} / {t.nodes * mib:.0f}",
+            f"{t.balance:.2f}", f"{row.by_gpu_ms:.1f} / {row.by_node_ms:.1f}", f"{row.experts_ms:.1f}",
             " / ".join(f"{each:.0%}" for each in efficiencies), f"{row.gradients_ms:.2f}",
         )  # fmt: skip
         yield "| " + " | ".join(cells) + " |"
@@ -265,13 +269,13 @@ def layer_table(rows: list[Row]) -> Iterator[str]:
 
 def step_table(rows: list[Row]) -> Iterator[str]:
     """Qwen3-30B-A3B alone: of the other model there is no measured step."""
-    yield "| GPUs | layout (ep x replicate) | layer alone, ms | added, ms: plain / once | efficiency: plain / once |"
+    yield "| GPUs | layout (ep x replicate) | layer alone, ms | added, ms: a GPU / a node | efficiency |"
     yield "| ---: | ---: | ---: | ---: | ---: |"
     layer_ms = measured_layer_ms()
     for row in (row for row in rows if row.model is QWEN3):
         repeated = EXCHANGES_CHECKPOINTED / EXCHANGES
         waiting = row.experts_ms * 4 / 3 * (row.traffic.balance - 1) + row.gradients_ms  # the forward is computed twice
-        added = [each * repeated + waiting for each in (row.plain_ms, row.once_ms)]
+        added = [each * repeated + waiting for each in (row.by_gpu_ms, row.by_node_ms)]
         cells = (
             f"{row.num_gpus}", f"{row.group} x {row.num_gpus // row.group}", f"{layer_ms:.1f}",
             " / ".join(f"{each:.1f}" for each in added),

@@ -42,20 +42,18 @@ def test_a_token_counts_once_for_each_place(simulation: ModuleType) -> None:
 def test_copies_are_those_of_a_loop(simulation: ModuleType) -> None:
     model, group = simulation.DEEPSEEK, 64
     traffic = simulation.traffic_of(model, group)
-    plain_out = once_out = once_node = plain_node = 0
+    to_node = to_others = to_nodes = 0
     ids = simulation.route(model).tolist()
     for token, experts in enumerate(ids):
         own = token % group
-        gpus = [expert // (model.num_experts // group) for expert in experts]
-        nodes = [gpu // simulation.GPUS_OF_A_NODE for gpu in gpus]
         here = own // simulation.GPUS_OF_A_NODE
-        plain_out += sum(node != here for node in nodes)
-        plain_node += sum(gpu != own and node == here for gpu, node in zip(gpus, nodes, strict=True))
-        once_out += len(set(nodes) - {here})
-        once_node += len(set(gpus) - {own})
-    counted = [traffic.plain_node, traffic.plain_out, traffic.once_node, traffic.once_out]
-    looped = [each / len(ids) for each in (plain_node, plain_out, once_node, once_out)]
-    assert counted == pytest.approx(looped)
+        gpus = {expert // (model.num_experts // group) for expert in experts} - {own}
+        nodes = [gpu // simulation.GPUS_OF_A_NODE for gpu in gpus]
+        to_node += sum(node == here for node in nodes)
+        to_others += sum(node != here for node in nodes)
+        to_nodes += len(set(nodes) - {here})
+    counted = [traffic.to_node, traffic.to_others, traffic.nodes]
+    assert counted == pytest.approx([each / len(ids) for each in (to_node, to_others, to_nodes)])
 
 
 def test_node_limited_routing_reaches_four_nodes_at_most(simulation: ModuleType) -> None:
@@ -83,7 +81,7 @@ def test_the_experts_time_is_the_measured_one(simulation: ModuleType) -> None:
 
 
 def test_a_group_within_a_node_sends_nothing_out_of_it(simulation: ModuleType) -> None:
-    assert simulation.traffic_of(simulation.QWEN3, 8).plain_out == 0
+    assert simulation.traffic_of(simulation.QWEN3, 8).to_others == 0
     assert simulation.exchange_ms(simulation.QWEN3, 1.0, 0.0, 1.0) == pytest.approx(
         1000 * 8192 * 4096 / simulation.NVLINK
     )

@@ -54,7 +54,7 @@ def test_one_gpu_holds_everything_at_the_highest_moment() -> None:
     assert item(memory, "gradients of adapters") == 40 * MIB, "the late moment is the highest"
     assert item(memory, "fragmentation") == int(FRAGMENTS * 410 * MIB)
     assert memory.total_bytes > memory.allocated_bytes
-    assert not any(each.name in ("NCCL", "gradient buckets", "gathered layers") for each in memory.items)
+    assert not any(each.name in ("NCCL", "gathered layers") for each in memory.items)
 
 
 def test_shared_gradients_can_make_another_moment_the_highest() -> None:
@@ -69,7 +69,6 @@ def test_each_axis_shares_what_it_should() -> None:
     assert item(experts, "other weights") == 80 * MIB
     assert item(experts, "expert adapters") == 8 * MIB
     assert item(experts, "optimizer states") == (2 + 2) * 8 * MIB
-    assert item(experts, "gradient buckets") == 8 * MIB, "attention's adapters are on every GPU"
     assert item(experts, "NCCL") == NCCL_BYTES
 
     shards = memory_on(Layout(expert_parallel=2, dp_shard=4), MODEL, ADAMW, COURSE)
@@ -77,12 +76,23 @@ def test_each_axis_shares_what_it_should() -> None:
     assert item(shards, "other weights") == 20 * MIB
     assert item(shards, "gathered layers") == GATHERED_LAYERS * (50 + 10) * MIB
     assert item(shards, "gathered embeddings and head") == 40 * MIB
-    assert item(shards, "gradient buckets") == 0
     assert item(shards, "NCCL") == 2 * NCCL_BYTES
 
     copies = memory_on(Layout(dp_replicate=4), MODEL, ADAMW, COURSE)
     assert item(copies, "expert weights") == 800 * MIB
-    assert item(copies, "gradient buckets") == 40 * MIB
+
+
+def test_gradients_that_are_summed_over_gpus_pass_through_a_bucket() -> None:
+    quiet = Course(({KEPT: MIB},), {KEPT: MIB})
+
+    def bucket(layout: Layout) -> int:
+        return item(memory_on(layout, MODEL, ADAMW, quiet), "gradients being summed over GPUs")
+
+    assert bucket(Layout()) == 0
+    assert bucket(Layout(expert_parallel=4)) == 8 * MIB, "attention's adapters are on every GPU"
+    assert bucket(Layout(dp_replicate=4)) == 40 * MIB
+    large = replace(MODEL, expert_adapters=2**30)
+    assert item(memory_on(Layout(dp_replicate=2), large, ADAMW, quiet), "gradients being summed over GPUs") == 2**28
 
 
 def test_an_update_that_copies_all_tensors_can_be_the_peak() -> None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from expertune.estimate.experts import rows_that_travel
 from expertune.estimate.ledger import EXCHANGE, EXPERT_GRADIENTS, EXPERTS, KEPT, OTHER_GRADIENTS, Ledger, rounded
 from expertune.estimate.model import adapt_on_meta, count
 from expertune.estimate.step import Paper, Step
@@ -136,10 +137,21 @@ def test_masks_cost_where_attention_has_one(tmp_path: Path) -> None:
 
 def test_expert_parallelism_keeps_the_rows_that_came_in(tmp_path: Path) -> None:
     paper = paper_of(tmp_path)
-    alone, together = paper.run(STEP), paper.run(replace(STEP, expert_parallel=True))
-    rows = rounded(BATCH * LENGTH * 2 * 64 * 4)  # tokens x experts of each x hidden, fp32
-    assert together.after_forward[EXCHANGE] == 2 * rows, "two layers"
+    alone, together = paper.run(STEP), paper.run(replace(STEP, expert_parallel=4))
+    num_rows = rows_that_travel(BATCH * LENGTH, 2, 8, 4)
+    assert together.after_forward[EXCHANGE] == 2 * (rounded(num_rows * 64 * 4) + rounded(num_rows * 2 * 4)), (
+        "x, weights"
+    )
     assert EXCHANGE not in alone.after_forward
+
+
+def test_a_token_travels_once_to_each_process() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(20_000, 128, generator=generator).topk(8).indices
+    for processes in (1, 2, 8, 64):
+        owners = (ids * processes // 128).sort(dim=1).values
+        distinct = 1 + (owners[:, 1:] != owners[:, :-1]).sum(dim=1)
+        assert rows_that_travel(20_000, 8, 128, processes) == pytest.approx(int(distinct.sum()), rel=0.01)
 
 
 def test_the_routers_loss_keeps_their_logits(tmp_path: Path) -> None:

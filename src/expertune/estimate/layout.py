@@ -6,7 +6,7 @@ On one mesh of expert_parallel x dp_shard x dp_replicate GPUs, each with rows of
     everything else     / dp_shard
     dp_replicate        copies all of it
 
-The activations of a GPU do not depend on the layout, but that expert parallelism keeps the rows that came in.
+Activations depend on the layout only in that expert parallelism keeps the rows that came in.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,6 +32,7 @@ CUBLAS_BYTES = 2 * 32 * MIB  # torch's default on Hopper, for the thread of the 
 CONTEXT_BYTES = 3 * GIB // 4  # allowance: CUDA context, loaded kernels
 NCCL_BYTES = GIB // 2  # allowance: each communicator's channels, outside of torch's allocator
 FRAGMENTS = 0.05  # allowance: of what comes and goes
+BUCKET_BYTES = 256 * MIB  # as gradients are summed, that of one bucket
 GATHERED_LAYERS = 2  # FSDP2 gathers the next layer while one computes
 
 
@@ -83,16 +84,16 @@ class GpuMemory:
 def memory_on(layout: Layout, model: ModelBytes, optimizer: OptimizerBytes, course: Course) -> GpuMemory:
     """Itemise a GPU's memory at the moment when most of it is used.
 
-    course: of the step, run with expert parallelism if, and only if, the layout has it.
+    course: of the step, run with the layout's expert parallelism.
     """
     experts, others = 1 / (layout.expert_parallel * layout.dp_shard), 1 / layout.dp_shard
     expert_adapters, other_adapters = model.expert_adapters * experts, model.other_adapters * others
-    update: dict[str, float] = {
-        EXPERT_GRADIENTS: model.expert_adapters,
-        OTHER_GRADIENTS: model.other_adapters,
-        _UPDATE: (expert_adapters + other_adapters) * optimizer.passing,
-    }
-    moments = [_shared(moment, experts, others) for moment in (*course.moments, update)]
+    gradients = {EXPERT_GRADIENTS: model.expert_adapters, OTHER_GRADIENTS: model.other_adapters}
+    after: list[Mapping[str, float]] = [
+        {**gradients, _UPDATE: (expert_adapters + other_adapters) * optimizer.passing},
+        {**gradients, _BUCKET: _bucket(layout, expert_adapters, other_adapters)},
+    ]
+    moments = [_shared(moment, experts, others) for moment in (*course.moments, *after)]
     peak = max(moments, key=lambda moment: sum(moment.values()))
     trained = model.num_trainable_experts * experts + (model.num_trainable - model.num_trainable_experts) * others
     static = [
@@ -130,6 +131,7 @@ def layouts_of(num_gpus: int, num_experts: int) -> Iterator[Layout]:
 
 
 _UPDATE = "the optimizer's update"
+_BUCKET = "gradients being summed over GPUs"
 _WHAT = {
     KEPT: "with checkpointing: the inputs of each layer",
     RECOMPUTED: "one layer, by checkpointing",
@@ -138,6 +140,7 @@ _WHAT = {
     EXCHANGE: "rows sent and received at an even load",
     HEAD: "TRL's head: logits in tiles of 4096 tokens x 32768 words",
     _UPDATE: "square roots of all second moments",
+    _BUCKET: "one bucket at a time",
 }
 
 
@@ -147,15 +150,18 @@ def _shared(moment: Mapping[str, float], experts: float, others: float) -> dict[
 
 
 def _of_sharding(layout: Layout, model: ModelBytes) -> Iterator[Item]:
-    """What is whole for a while though it is shared, and what gradients are summed over GPUs in."""
+    """What is whole for a while though it is shared."""
     if layout.dp_shard > 1:
         layer = model.largest_layer_experts / layout.expert_parallel + model.largest_layer_others
         yield Item("gathered layers", _whole(GATHERED_LAYERS * layer), f"FSDP2: {GATHERED_LAYERS} at a time")
         yield Item("gathered embeddings and head", model.outside_layers, "FSDP2: during the whole step")
-        return
-    buckets = model.other_adapters if layout.num_gpus > 1 else 0
-    buckets += model.expert_adapters // layout.expert_parallel if layout.dp_replicate > 1 else 0
-    yield Item("gradient buckets", buckets, "summed over the GPUs that hold the same adapter")
+
+
+def _bucket(layout: Layout, expert_adapters: float, other_adapters: float) -> float:
+    """Gradients on their way to the GPUs that hold the same adapters, after the backward."""
+    travelling = other_adapters if layout.num_gpus > 1 else 0
+    travelling += expert_adapters if layout.dp_replicate > 1 else 0
+    return min(travelling, BUCKET_BYTES)
 
 
 def _whole(num_bytes: float) -> int:

@@ -114,7 +114,7 @@ def count(model: PeftModel) -> ModelBytes:
         num_parameters=sum(p.numel() for _, p in frozen),
         num_trainable=sum(p.numel() for _, p in trained),
         num_trainable_experts=sum(p.numel() for p in expert_adapters),
-        num_experts=max((_num_experts(module) for module in model.modules() if is_experts_module(module)), default=1),
+        num_experts=num_experts_of(model),
     )
 
 
@@ -168,5 +168,7 @@ def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _num_experts(experts: nn.Module) -> int:
-    return int(getattr(experts, projection_names(experts)[0]).shape[0])
+def num_experts_of(model: nn.Module) -> int:
+    """The experts of one layer, of the layer with most; 1 without experts."""
+    experts = (module for module in model.modules() if is_experts_module(module))
+    return max((int(getattr(each, projection_names(each)[0]).shape[0]) for each in experts), default=1)

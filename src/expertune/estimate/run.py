@@ -75,7 +75,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     return Settings(config, SCATTERMOE if backend == AUTO else backend, tuple(_assumptions(config)))
 
 
-def step_of(settings: Settings, *, checkpointing: bool, expert_parallel: bool, rows: Rows | None = None) -> Step:
+def step_of(settings: Settings, *, checkpointing: bool, expert_parallel: int = 1, rows: Rows | None = None) -> Step:
     """The step that a configuration runs. rows: instead of what its packing and batch size mean."""
     config = settings.config
     return Step(
@@ -101,14 +101,14 @@ def estimate(settings: Settings, *, gpu_bytes: int | None = None, num_gpus: int 
     built = build_on_meta(config)
     model, optimizer = count(built), optimizer_bytes(config.optimizer)
     paper = Paper(built)
-    layout = Layout(config.expert_parallel_size, config.dp_shard_size, getattr(config, "dp_replicate_size", 1))
+    layout = Layout(config.expert_parallel_size, config.dp_shard_size, getattr(config, "dp_replicate_size", 1) or 1)
     if model.num_experts % layout.expert_parallel:
         raise ConfigError(
             f"expert_parallel_size: {model.num_experts} experts do not divide by {layout.expert_parallel}"
         )
-    courses: dict[tuple[bool, bool], Course] = {}
+    courses: dict[tuple[bool, int], Course] = {}
 
-    def course(checkpointing: bool, expert_parallel: bool) -> Course:
+    def course(checkpointing: bool, expert_parallel: int) -> Course:
         key = (checkpointing, expert_parallel)
         if key not in courses:
             step = step_of(settings, checkpointing=checkpointing, expert_parallel=expert_parallel)
@@ -116,7 +116,7 @@ def estimate(settings: Settings, *, gpu_bytes: int | None = None, num_gpus: int 
         return courses[key]
 
     def on(layout: Layout, checkpointing: bool) -> GpuMemory:
-        return memory_on(layout, model, optimizer, course(checkpointing, layout.expert_parallel > 1))
+        return memory_on(layout, model, optimizer, course(checkpointing, layout.expert_parallel))
 
     wanted = config.gradient_checkpointing
     configured, other = on(layout, wanted), on(layout, not wanted).total_bytes
@@ -167,7 +167,7 @@ def _assumptions(config: TrainConfig) -> list[str]:
         "packed": f"every batch is one row of {config.micro_batch_size * config.sequence_len} packed tokens; "
         "with attn_implementation: flash_attention_2 it needs no mask",
     }[_rows_of(config)]
-    notes = [rows, "every token counts in the loss", "the same number of tokens goes to every rank's experts"]
+    notes = [rows, "every token counts in the loss", "every GPU's experts get the same number of tokens"]
     if config.attn_implementation == EAGER:
         notes.append("eager attention keeps the probabilities of every pair of tokens")
     if config.torch_compile:

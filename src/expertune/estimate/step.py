@@ -13,9 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 
+from expertune.errors import ExpertuneError
 from expertune.estimate.experts import GroupedProducts, experts_on_paper
 from expertune.estimate.ledger import EXPERT_GRADIENTS, HEAD, OTHER_GRADIENTS, Ledger, Moment
-from expertune.estimate.model import expert_prefixes, is_of_experts, put_on_paper
+from expertune.estimate.model import expert_prefixes, is_of_experts, num_experts_of, put_on_paper
 from expertune.estimate.stand_ins import attention_on_paper, fused_loss_on_paper
 from expertune.layers.backends import AUTO, SCATTERMOE
 
@@ -29,8 +30,8 @@ class Step:
     """What the activations of a step depend on, beside the model.
 
     batch_size, sequence_len: rows and tokens of one forward on one GPU. dtype: of products. backend: of the experts.
-    checkpointing, reentrant: gradient checkpointing, and its older form. rows: see `Rows`. expert_parallel: whether
-    tokens go to other ranks. accumulates: whether gradients of an earlier forward are there already.
+    checkpointing, reentrant: gradient checkpointing, and its older form. rows: see `Rows`. expert_parallel:
+    processes that share the experts. accumulates: whether gradients of an earlier forward are there already.
     balance_coefficient: of the routers' auxiliary loss; None: the model's own.
     """
 
@@ -41,7 +42,7 @@ class Step:
     checkpointing: bool = False
     reentrant: bool = False
     rows: Rows = "full"
-    expert_parallel: bool = False
+    expert_parallel: int = 1
     accumulates: bool = False
     balance_coefficient: float | None = None
 
@@ -69,7 +70,10 @@ class Paper:
         self._prefixes = expert_prefixes(model)
 
     def run(self, step: Step) -> Course:
-        """Run one step: two passes if gradients accumulate, the second of them in the ledger's moments."""
+        """Run one step: two passes if gradients accumulate.
+
+        Raises ExpertuneError if the model's own code asks for values of tensors, which are not there.
+        """
         ledger = Ledger()
         embedding_hooks = self.model.get_input_embeddings()._forward_hooks
         hooks_before = set(embedding_hooks)
@@ -87,6 +91,12 @@ class Paper:
                         after_forward = _pass(self.model, step, ledger)
                 for parameter in self.model.parameters():
                     parameter.grad = None
+        except Exception as error:  # whatever a model's code makes of tensors without data
+            line = next(iter(str(error).splitlines()), "")
+            raise ExpertuneError(
+                f"{type(self.model.get_base_model()).__name__}: its step cannot be run on tensors without data "
+                f"({type(error).__name__}: {line}); its memory is not estimated"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -113,7 +123,7 @@ def _inputs(step: Step) -> dict[str, Tensor]:
         ids = torch.zeros(1, step.batch_size * step.sequence_len, dtype=torch.int64)
         return {"input_ids": ids, "position_ids": torch.zeros_like(ids)}
     ids = torch.zeros(step.batch_size, step.sequence_len, dtype=torch.int64)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if step.rows == "padded" else {"input_ids": ids}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _loss(model: PeftModel, step: Step, inputs: dict[str, Tensor], ledger: Ledger) -> Tensor:
@@ -133,7 +143,7 @@ def _loss(model: PeftModel, step: Step, inputs: dict[str, Tensor], ledger: Ledge
         with ledger.scope(HEAD):
             mask = torch.ones_like(inputs["input_ids"])  # without one 5.17 counts by bincount, of unknown shape
             balance = load_balancing_loss_func(
-                out.router_logits, text_config.num_experts, text_config.num_experts_per_tok, mask
+                out.router_logits, num_experts_of(model), text_config.num_experts_per_tok, mask
             )
             loss = loss + coefficient * balance
     return loss
@@ -172,9 +182,8 @@ def _stand_ins(ledger: Ledger, step: Step) -> Iterator[None]:
     ALL_EXPERTS_FUNCTIONS[AUTO] = experts_on_paper(ledger, step.backend, expert_parallel=step.expert_parallel)
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_on_paper
     if step.rows == "full":  # Transformers looks at the values of a mask before it leaves one out; here are none
-        places += [(ALL_MASK_ATTENTION_FUNCTIONS, name) for name in ("sdpa", "eager")]
-        for registry, name in places[2:]:
-            registry[name] = _without_mask(registry[name], needed=name == "eager")
+        places.append((ALL_MASK_ATTENTION_FUNCTIONS, "sdpa"))
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _without_mask(ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     try:
         yield
     finally:
@@ -182,11 +191,12 @@ def _stand_ins(ledger: Ledger, step: Step) -> Iterator[None]:
             del registry[name]
 
 
-def _without_mask(make_mask: Callable[..., Tensor | None], *, needed: bool) -> Callable[..., Tensor | None]:
-    """The same, with no mask where a causal one is enough and not `needed`."""
+def _without_mask(make_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """The same, but no mask where being causal is all: not in a shorter window, or beside another condition."""
 
     def make(*args: Any, **kwargs: Any) -> Tensor | None:
         window, length = kwargs.get("local_size"), kwargs.get("kv_length", 0)
-        return make_mask(*args, **kwargs) if needed or (window is not None and length >= window) else None
+        causal = kwargs.get("allow_is_causal_skip", True) and (window is None or length < window)
+        return None if causal else make_mask(*args, **kwargs)
 
     return make
