@@ -8,8 +8,10 @@ from expertune.errors import ConfigError
 
 GIB = 2**30
 
-# GiB, rounded down. H200: what torch says on the machine of our measurements ("about 139 GiB"). The others: the "total
-# capacity" in torch's out-of-memory messages, as people report them in public issues, the smallest that was seen.
+# GiB, rounded down, of what torch's out-of-memory messages call "total capacity". H200: the machine of our measurements
+# ("about 139 GiB"). H100: 79.11, github.com/vllm-project/vllm/issues/27508. RTX 5090: 31.37, Wan-Video/Wan2.1/issues/465.
+# RTX 4090: 23.68, zai-org/CogVideo/issues/36. The others are from memory of such messages and were not looked up:
+# --memory-gib says what is so on a machine at hand.
 GPU_GIB: Mapping[str, float] = MappingProxyType(
     {
         "A100-40GB": 39.3,
