@@ -9,7 +9,7 @@ from expertune.errors import ConfigError
 GIB = 2**30
 
 # GiB, rounded down, of what torch's out-of-memory messages call "total capacity". H200: the machine of our measurements
-# ("about 139 GiB"). H100: 79.11, github.com/vllm-project/vllm/issues/27508. RTX 5090: 31.37, Wan-Video/Wan2.1/issues/465.
+# ("about 139 GiB"). H100: 79.11, vllm-project/vllm/issues/27508. RTX 5090: 31.37, Wan-Video/Wan2.1/issues/465.
 # RTX 4090: 23.68, zai-org/CogVideo/issues/36. The others are from memory of such messages and were not looked up:
 # --memory-gib says what is so on a machine at hand.
 GPU_GIB: Mapping[str, float] = MappingProxyType(
