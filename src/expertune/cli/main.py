@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expertune.cli.bench import bench
+from expertune.cli.estimate import estimate
 from expertune.cli.failing import reporting_errors
 from expertune.cli.output import Output
 from expertune.cli.tune import tune
@@ -219,6 +220,7 @@ def doctor() -> None:
         print_doctor(Output())
 
 
+app.command()(estimate)
 app.command()(bench)
 app.command()(tune)
 
