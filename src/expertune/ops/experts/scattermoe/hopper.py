@@ -78,44 +78,47 @@ def _rows(row_index_ptr, place, LAYOUT: gl.constexpr, GATHER: gl.constexpr):
     return gl.load(row_index_ptr + first_row + lanes % (end_row - first_row)) if GATHER else lanes
 
 
+# Values that go together go as tuples, which cost nothing:
+#   x = (pointer, descriptor, stride, row index)       adapter = (pointer to u, descriptor of B, scaling)
+#   smem = (x, w, result, answer of the counter, barriers)        place = (expert, first row, end row, first column)
+
+
 @gluon.jit
 def _load_step(
-    x_ptr, x_desc, w_desc, buffers, stage, place, offsets, k, num_in, num_out,
+    x, w_desc, num_in, num_out, smem, stage, place, offsets, k,
     GATHER: gl.constexpr, TRANSPOSED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Start to load x[rows, k:] and W[expert, columns, k:] into a stage; its barrier tells when they are there."""
-    x_smem, w_smem, barriers = buffers
+    x_smem, w_smem, barrier = smem[0].index(stage), smem[1].index(stage), smem[4].index(stage)
     expert, first_row, end_row, first_column = place
-    x, barrier = x_smem.index(stage), barriers.index(stage)
     W_BYTES: gl.constexpr = COLUMNS * STEP * 2
     X_BYTES: gl.constexpr = ROWS * STEP * 2
     mbarrier.expect(barrier, W_BYTES if GATHER else W_BYTES + X_BYTES)
     if TRANSPOSED:
-        _tma_load(w_desc, [expert * num_in + k, first_column], barrier, w_smem.index(stage))
+        _tma_load(w_desc, [expert * num_in + k, first_column], barrier, w_smem)
     else:
-        _tma_load(w_desc, [expert * num_out + first_column, k], barrier, w_smem.index(stage))
+        _tma_load(w_desc, [expert * num_out + first_column, k], barrier, w_smem)
     if GATHER:
-        ptrs = x_ptr + k + gl.arange(0, STEP, layout=gl.SliceLayout(0, LAYOUT))[None, :] + offsets[:, None]
+        ptrs = x[0] + k + gl.arange(0, STEP, layout=gl.SliceLayout(0, LAYOUT))[None, :] + offsets[:, None]
         if end_row - first_row > HALF:
-            _thread_load(x, ptrs)
+            _thread_load(x_smem, ptrs)
         else:
-            _thread_load(x, ptrs, mask=(gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < HALF)[:, None])
+            _thread_load(x_smem, ptrs, mask=(gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < HALF)[:, None])
         async_copy.mbarrier_arrive(barrier, increment_count=False)
     else:
-        _tma_load(x_desc, [first_row, k], barrier, x)
+        _tma_load(x[1], [first_row, k], barrier, x_smem)
 
 
 @gluon.jit
 def _multiply(
-    acc, buffers, stage, phase, use_acc, BLOCK_S: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr
+    acc, smem, stage, phase, use_acc, BLOCK_S: gl.constexpr, GATHER: gl.constexpr, TRANSPOSED: gl.constexpr
 ):  # fmt: skip
     """acc += x W^T of a stage, once it is there. On return the product before this one is done, in every warp."""
-    x_smem, w_smem, barriers = buffers
-    mbarrier.wait(barriers.index(stage), phase)
+    mbarrier.wait(smem[4].index(stage), phase)
     if GATHER:
         fence_async_shared()  # cp.async writes as threads do; wgmma reads as TMA does
-    x = x_smem.index(stage).slice(0, BLOCK_S)
-    w = w_smem.index(stage) if TRANSPOSED else w_smem.index(stage).permute((1, 0))
+    x = smem[0].index(stage).slice(0, BLOCK_S)
+    w = smem[1].index(stage) if TRANSPOSED else smem[1].index(stage).permute((1, 0))
     acc = warpgroup_mma(x, w, acc, use_acc=use_acc, is_async=True)
     acc = warpgroup_mma_wait(num_outstanding=1, deps=[acc])
     _barrier()
@@ -146,8 +149,8 @@ def _store(acc, out_desc, out_smem, last_smem, place, BLOCK_S: gl.constexpr):
 
 @gluon.jit
 def _tile(
-    x_ptr, x_desc, stride_x, row_index_ptr, w_desc, u_ptr, b_desc, scaling, bias_ptr, out_desc, num_in, num_out,
-    buffers, out_smem, taken_smem, stage, phase, b_phase, place, offsets, next_place, has_next, taken,
+    x, w_desc, adapter, bias_ptr, out_desc, num_in, num_out, smem, stage, phase, b_phase,
+    place, offsets, next_place, has_next, taken,
     HAS_BIAS: gl.constexpr, RANK: gl.constexpr, TRANSPOSED: gl.constexpr, B_TRANSPOSED: gl.constexpr,
     GATHER: gl.constexpr, BLOCK_S: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -158,28 +161,28 @@ def _tile(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], WARPS, [16, COLUMNS if BLOCK_S == ROWS else COLUMNS // 4, 16])
     expert, first_row, end_row, first_column = place
     acc = gl.zeros((BLOCK_S, COLUMNS), gl.float32, layout=ACC)
-    acc = _multiply(acc, buffers, stage, phase, False, BLOCK_S, GATHER, TRANSPOSED)
-    tma.store_wait(0)  # the tile before has left out_smem and its last stage
+    acc = _multiply(acc, smem, stage, phase, False, BLOCK_S, GATHER, TRANSPOSED)
+    tma.store_wait(0)  # the tile before has left its buffers
     _load_step(
-        x_ptr, x_desc, w_desc, buffers, (stage + STAGES - 1) % STAGES, place, offsets, (STAGES - 1) * STEP,
-        num_in, num_out, GATHER, TRANSPOSED, LAYOUT,
+        x, w_desc, num_in, num_out, smem, (stage + STAGES - 1) % STAGES, place, offsets, (STAGES - 1) * STEP,
+        GATHER, TRANSPOSED, LAYOUT,
     )  # fmt: skip
     stage, phase = _step_on(stage, phase)
-    next_rows = _rows(row_index_ptr, next_place, LAYOUT, GATHER)  # next_place has arrived; wanted some steps later
+    next_rows = _rows(x[3], next_place, LAYOUT, GATHER)  # next_place has arrived; wanted some steps later
     for k in range(STEP, num_in - (STAGES - 1) * STEP, STEP):
-        acc = _multiply(acc, buffers, stage, phase, True, BLOCK_S, GATHER, TRANSPOSED)
+        acc = _multiply(acc, smem, stage, phase, True, BLOCK_S, GATHER, TRANSPOSED)
         _load_step(
-            x_ptr, x_desc, w_desc, buffers, (stage + STAGES - 1) % STAGES, place, offsets, k + (STAGES - 1) * STEP,
-            num_in, num_out, GATHER, TRANSPOSED, LAYOUT,
+            x, w_desc, num_in, num_out, smem, (stage + STAGES - 1) % STAGES, place, offsets, k + (STAGES - 1) * STEP,
+            GATHER, TRANSPOSED, LAYOUT,
         )  # fmt: skip
         stage, phase = _step_on(stage, phase)
 
-    taken_smem.store(taken)
-    offsets = next_rows.to(gl.int64) * stride_x
+    smem[3].store(taken)
+    offsets = next_rows.to(gl.int64) * x[2]
     if RANK > 0:
+        u_ptr, b_desc, scaling = adapter
         B_SHAPE: gl.constexpr = [RANK, COLUMNS] if B_TRANSPOSED else [COLUMNS, RANK]
-        b_smem = _view(out_smem, DTYPE, B_SHAPE, b_desc.layout)
-        b_barrier = buffers[2].index(STAGES)
+        b_smem, b_barrier = _view(smem[2], DTYPE, B_SHAPE, b_desc.layout), smem[4].index(STAGES)
         mbarrier.expect(b_barrier, COLUMNS * RANK * 2)
         if B_TRANSPOSED:
             _tma_load(b_desc, [expert * RANK, first_column], b_barrier, b_smem)
@@ -191,11 +194,11 @@ def _tile(
         u_ptrs = u_ptr + rows.to(gl.int64)[:, None] * RANK + ranks[None, :]
         u = gl.load(u_ptrs, mask=(rows < end_row)[:, None], other=0.0)
     for i in gl.static_range(STAGES - 1):
-        acc = _multiply(acc, buffers, stage, phase, True, BLOCK_S, GATHER, TRANSPOSED)
+        acc = _multiply(acc, smem, stage, phase, True, BLOCK_S, GATHER, TRANSPOSED)
         if has_next:
             _load_step(
-                x_ptr, x_desc, w_desc, buffers, (stage + STAGES - 1) % STAGES, next_place, offsets, i * STEP,
-                num_in, num_out, GATHER, TRANSPOSED, LAYOUT,
+                x, w_desc, num_in, num_out, smem, (stage + STAGES - 1) % STAGES, next_place, offsets, i * STEP,
+                GATHER, TRANSPOSED, LAYOUT,
             )  # fmt: skip
         stage, phase = _step_on(stage, phase)
     if RANK > 0:
@@ -208,7 +211,7 @@ def _tile(
         bias = gl.load(bias_ptr + expert.to(gl.int64) * num_out + columns, mask=columns < num_out, other=0.0)
         acc += bias.to(gl.float32)[None, :]
     _barrier()  # all warps have read B and the last step's operands
-    _store(acc, out_desc, out_smem, buffers[1].index((stage + STAGES - 1) % STAGES), place, BLOCK_S)
+    _store(acc, out_desc, smem[2], smem[1].index((stage + STAGES - 1) % STAGES), place, BLOCK_S)
     return stage, phase, offsets
 
 
@@ -231,6 +234,7 @@ def _hopper_linear_kernel(
         x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, STEP], X_LAYOUT)
         w_smem = gl.allocate_shared_memory(DTYPE, [STAGES] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
         out_smem = gl.allocate_shared_memory(DTYPE, [ROWS, COLUMNS // 2], OUT_LAYOUT)
+        taken_smem = gl.allocate_shared_memory(gl.int32, [THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         barriers = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(
             STAGES + 1
@@ -238,18 +242,17 @@ def _hopper_linear_kernel(
             mbarrier.init(barriers.index(i), count=1 + THREADS if GATHER and i < STAGES else 1)
         fence_async_shared()
         _barrier()
-        buffers = (x_smem, w_smem, barriers)
+        x, adapter = (x_ptr, x_desc, stride_x, row_index_ptr), (u_ptr, b_desc, scaling)
+        smem = (x_smem, w_smem, out_smem, taken_smem, barriers)
 
         place = _locate(tiles_ptr, tiles_capacity, tile, num_row_tiles, num_column_tiles)
         offsets = _rows(row_index_ptr, place, LAYOUT, GATHER).to(gl.int64) * stride_x
         for i in gl.static_range(STAGES - 1):
             _load_step(
-                x_ptr, x_desc, w_desc, buffers, i, place, offsets, i * STEP, num_in, num_out,
-                GATHER, TRANSPOSED, LAYOUT,
+                x, w_desc, num_in, num_out, smem, i, place, offsets, i * STEP, GATHER, TRANSPOSED, LAYOUT
             )  # fmt: skip
         ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
         threads = gl.arange(0, THREADS, layout=ONE_EACH)
-        taken_smem = gl.allocate_shared_memory(gl.int32, [THREADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         counter_ptrs = tiles_ptr + 3 * tiles_capacity + 1 + threads * 0
         next_tile = tile + gl.num_programs(0)
         stage, phase, b_phase = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
@@ -262,15 +265,15 @@ def _hopper_linear_kernel(
             )
             if place[2] - place[1] > HALF:
                 stage, phase, offsets = _tile(
-                    x_ptr, x_desc, stride_x, row_index_ptr, w_desc, u_ptr, b_desc, scaling, bias_ptr, out_desc,
-                    num_in, num_out, buffers, out_smem, taken_smem, stage, phase, b_phase, place, offsets, next_place,
-                    has_next, taken, HAS_BIAS, RANK, TRANSPOSED, B_TRANSPOSED, GATHER, ROWS, LAYOUT,
+                    x, w_desc, adapter, bias_ptr, out_desc, num_in, num_out, smem, stage, phase, b_phase,
+                    place, offsets, next_place, has_next, taken,
+                    HAS_BIAS, RANK, TRANSPOSED, B_TRANSPOSED, GATHER, ROWS, LAYOUT,
                 )  # fmt: skip
             else:
                 stage, phase, offsets = _tile(
-                    x_ptr, x_desc, stride_x, row_index_ptr, w_desc, u_ptr, b_desc, scaling, bias_ptr, out_desc,
-                    num_in, num_out, buffers, out_smem, taken_smem, stage, phase, b_phase, place, offsets, next_place,
-                    has_next, taken, HAS_BIAS, RANK, TRANSPOSED, B_TRANSPOSED, GATHER, HALF, LAYOUT,
+                    x, w_desc, adapter, bias_ptr, out_desc, num_in, num_out, smem, stage, phase, b_phase,
+                    place, offsets, next_place, has_next, taken,
+                    HAS_BIAS, RANK, TRANSPOSED, B_TRANSPOSED, GATHER, HALF, LAYOUT,
                 )  # fmt: skip
             # Each tile asks once, so that the last answer is num_tiles - 1: the counter is zero for the next launch.
             gl.store(counter_ptrs, threads * 0, mask=(threads == 0) & (taken == num_tiles - 1))
