@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from expertune.distributed.dispatch import ExpertShard, return_from_experts, send_to_experts
 from expertune.integrations.adapters import active_lora
 from expertune.integrations.gates import activation_of
 from expertune.integrations.tuned import tuned_tile
@@ -23,6 +24,9 @@ from expertune.ops.plan import ExpertPlan, build_plan
 
 # torch.compile leaves this to Python: its backward is autograd's of any function, and it asks for addresses.
 _grouped_expert_linear = torch.compiler.disable(grouped_expert_linear, reason=WHY_NOT_COMPILED)
+
+SHARD = "expertune_shard"
+"""Where an experts module that holds only some of its layer's experts keeps its `ExpertShard`."""
 
 
 def install() -> None:
@@ -51,19 +55,29 @@ def experts_forward(
     The gate is the module's own function, whatever it computes; a kernel computes it itself where it is exactly one
     that it knows. A module that has more of its own between the projections (a norm, trainable parameters) is run in
     pieces through autograd: slower, the same result.
+    A module that was given an `ExpertShard` holds only its process's experts: tokens travel (`distributed.dispatch`).
     Raises BackendError if a backend was asked for by name and cannot run on the device of the input.
     """
     up_name, down_name = projection_names(experts)
     up = read_projection(experts, up_name, active_lora(experts, up_name))
     down = read_projection(experts, down_name, active_lora(experts, down_name))
     backend = backend_for(implementation, hidden_states.device.type, up.weight_EYX.dtype, "experts_implementation")
+    activation = activation_of(experts)
+
+    def run(x_TH: Tensor, weights_TK: Tensor, plan: ExpertPlan) -> Tensor:
+        if _has_more_of_its_own(experts):
+            return _run_in_pieces(backend, experts, x_TH, weights_TK, plan, up, down, activation)
+        return _run(backend, x_TH, weights_TK, plan, up, down, activation)
+
+    shard: ExpertShard | None = getattr(experts, SHARD, None)
+    if shard is not None:
+        arrived = send_to_experts(hidden_states, top_k_index, top_k_weights, shard)
+        live = arrived.trip.num_pairs
+        plan = build_plan(arrived.expert_ids_RK, up.num_experts, sentinels=True, num_live_rows=live)
+        return return_from_experts(run(arrived.x_RH, arrived.weights_RK, plan), arrived)
     # Transformers before 5.18 has no flag and may always pass sentinel ids.
     sentinels = bool(getattr(experts, "_is_expert_parallel", True))
-    plan = build_plan(top_k_index, up.num_experts, sentinels=sentinels)
-    activation = activation_of(experts)
-    if _has_more_of_its_own(experts):
-        return _run_in_pieces(backend, experts, hidden_states, top_k_weights, plan, up, down, activation)
-    return _run(backend, hidden_states, top_k_weights, plan, up, down, activation)
+    return run(hidden_states, top_k_weights, build_plan(top_k_index, up.num_experts, sentinels=sentinels))
 
 
 def _run_in_pieces(

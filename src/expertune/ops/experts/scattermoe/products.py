@@ -150,7 +150,7 @@ def bias_part(dy_TH: Tensor, bias_EH: Tensor, plan: ExpertPlan) -> Tensor:
     dp_S = (dy_TH[plan.token_of_row_S].float() * bias_EH[plan.expert_of_row()]).sum(dim=-1)
     if plan.has_sentinels:
         dp_S = dp_S.masked_fill(plan.sentinel_rows().squeeze(1), 0)
-    return dp_S[plan.row_of_slot_S].view(plan.num_tokens, plan.top_k)
+    return plan.to_slots(dp_S).view(plan.num_tokens, plan.top_k)
 
 
 def packed(projection: ExpertProjection) -> PackedLora | None:

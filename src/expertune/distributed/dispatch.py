@@ -1,0 +1,171 @@
+"""Tokens to the processes that own their experts, and the results back: two all-to-alls with autograd.
+
+Experts are dealt out in blocks: of N processes, number n owns experts n E/N to (n + 1) E/N - 1. With p the routing
+weights of token t and e its experts:
+
+    y_t = sum over n of  [ sum over the k with e_tk on process n of  p_tk expert(e_tk, x_t) ]
+
+The inner sum is what the local backend computes anyway. So a token travels once to each process that has any of its
+experts, not once for each expert (K = 8 of 128 experts on 2 processes: 2 rows, not 8), with its K expert ids (local;
+-1, a sentinel, where another process has that expert) and its K routing weights; and one partial sum comes back.
+No token is dropped and no buffer is padded: the sizes are exchanged first, which the host waits for.
+
+Backward is the mirror image: dy goes out as x did and dx and dp come back, each once for each process of a token.
+Partial sums are added in fp32 and in process order, so a run repeats bit for bit.
+
+4 tokens, 4 experts, 2 processes, K = 2; process 0 has tokens 0 and 1:
+    token 0: experts 0 1     goes to process 0 with ids 0 1
+    token 1: experts 1 3     goes to process 0 with ids 1 -1 and to process 1 with ids -1 1
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertune.distributed.collectives import Wire
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """The experts of one layer that this process owns.
+
+    wire: the processes that share the layer's experts. index: this one's place among them. num_local: experts each.
+    """
+
+    wire: Wire
+    index: int
+    num_local: int
+
+    @property
+    def experts(self) -> range:
+        """The ids of this process's experts in the whole layer."""
+        return range(self.index * self.num_local, (self.index + 1) * self.num_local)
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Which tokens of this process go where, and how many rows come from where.
+
+    num_tokens: T. token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
+    send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
+    """
+
+    wire: Wire
+    num_tokens: int
+    token_of_row_P: Tensor
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+    num_pairs: int
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """The rows that reached this process, for its own experts.
+
+    x_RH: [R, H]. expert_ids_RK: [R, K] int64, ids of this process's experts, -1 where another process has the expert.
+    weights_RK: [R, K], the routing weights; those of sentinels count for nothing.
+    """
+
+    trip: Trip
+    x_RH: Tensor
+    expert_ids_RK: Tensor
+    weights_RK: Tensor
+
+
+def send_to_experts(x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: ExpertShard) -> Arrived:
+    """Send each token to the processes that own its experts.
+
+    x_TH: [T, H]. expert_ids_TK: [T, K] integer, ids in the whole layer. weights_TK: [T, K]. T may be 0, on any process.
+    Every process of the group must call it. Gradients flow to x and to the weights.
+    Raises CollectiveError if a process does not take part in time, ValueError for an id that no process owns.
+    """
+    trip, ids_PK = _plan_trip(expert_ids_TK, shard)
+    x_RH, weights_RK = _ToExperts.apply(trip, x_TH, weights_TK)
+    ids_RK = shard.wire.exchange_rows(ids_PK, trip.send, trip.receive, "sending expert ids")
+    return Arrived(trip, x_RH, ids_RK.to(torch.int64), weights_RK)
+
+
+def return_from_experts(y_RH: Tensor, arrived: Arrived) -> Tensor:
+    """Send the experts' results [R, H] home and add up those of each token: [T, H] in the dtype of `y_RH`."""
+    return _FromExperts.apply(arrived.trip, y_RH)
+
+
+def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[Trip, Tensor]:
+    """The trip, and the local expert ids [P, K] int32 of the rows that are sent."""
+    num_tokens, num_owners = expert_ids_TK.shape[0], shard.wire.size
+    owner_TK = expert_ids_TK.div(shard.num_local, rounding_mode="floor")
+    if not owner_TK.is_cuda and num_tokens and not 0 <= int(owner_TK.min()) <= int(owner_TK.max()) < num_owners:
+        raise ValueError(
+            f"expert_ids_TK: ids span {int(expert_ids_TK.min())} to {int(expert_ids_TK.max())}, need 0 to "
+            f"{num_owners * shard.num_local - 1}"
+        )
+    pairs_TN = torch.zeros(num_tokens, num_owners, dtype=torch.int64, device=owner_TK.device)
+    pairs_TN.scatter_add_(1, owner_TK, torch.ones_like(owner_TK))
+    goes_TN = pairs_TN > 0
+    counts_N2 = torch.stack((goes_TN.sum(0), pairs_TN.sum(0)), dim=1)
+    received_N2 = shard.wire.exchange_counts(counts_N2, "exchange of the dispatch's sizes")
+    sizes = torch.stack((counts_N2, received_N2)).tolist()  # both at once: one wait for the device
+    send, receive = (tuple(rows for rows, _ in half) for half in sizes)
+    num_rows = sum(send)
+    goes_M = goes_TN.T.reshape(-1)  # by destination, then by token
+    # Where each that goes lands; all others share a place behind the end. (torch.nonzero would wait once more.)
+    place_M = torch.where(goes_M, goes_M.cumsum(0) - 1, num_rows)
+    index_M = torch.arange(goes_M.numel(), device=goes_M.device)
+    index_P = index_M.new_empty(num_rows + 1).scatter_(0, place_M, index_M)[:num_rows]
+    token_P, owner_P = index_P % max(num_tokens, 1), index_P // max(num_tokens, 1)
+    ids_PK = expert_ids_TK[token_P] - (owner_P * shard.num_local).unsqueeze(1)
+    ids_PK = torch.where((ids_PK >= 0) & (ids_PK < shard.num_local), ids_PK, -1)
+    num_pairs = sum(pairs for _, pairs in sizes[1])
+    return Trip(shard.wire, num_tokens, token_P, send, receive, num_pairs), ids_PK.to(torch.int32)
+
+
+def _add_up(rows_PX: Tensor, trip: Trip) -> Tensor:
+    """The rows of each token added: [T, X]. From one process a token has at most one row, so no two meet in a sum."""
+    dtype = torch.float64 if rows_PX.dtype == torch.float64 else torch.float32
+    sum_TX = rows_PX.new_zeros(trip.num_tokens, *rows_PX.shape[1:], dtype=dtype)
+    for tokens, rows in zip(trip.token_of_row_P.split(trip.send), rows_PX.split(trip.send), strict=True):
+        sum_TX.index_add_(0, tokens, rows.to(dtype))
+    return sum_TX.to(rows_PX.dtype)
+
+
+class _ToExperts(torch.autograd.Function):
+    """Inputs: the trip, x [T, H], weights [T, K]."""
+
+    @staticmethod
+    def forward(ctx, trip, x_TH, weights_TK):  # type: ignore[no-untyped-def]
+        ctx.trip = trip
+        return tuple(
+            trip.wire.exchange_rows(values[trip.token_of_row_P], trip.send, trip.receive, what)
+            for values, what in ((x_TH, "sending tokens"), (weights_TK, "sending routing weights"))
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_RH, dweights_RK):  # type: ignore[no-untyped-def]
+        trip, (_, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
+        dx_TH = dweights_TK = None
+        if need_x:
+            dx_PH = trip.wire.exchange_rows(dx_RH, trip.receive, trip.send, "returning gradients of tokens")
+            dx_TH = _add_up(dx_PH, trip)
+        if need_weights:
+            what = "returning gradients of routing weights"
+            dweights_TK = _add_up(trip.wire.exchange_rows(dweights_RK, trip.receive, trip.send, what), trip)
+        return None, dx_TH, dweights_TK
+
+
+class _FromExperts(torch.autograd.Function):
+    """Inputs: the trip, y [R, H]."""
+
+    @staticmethod
+    def forward(ctx, trip, y_RH):  # type: ignore[no-untyped-def]
+        ctx.trip = trip
+        return _add_up(trip.wire.exchange_rows(y_RH, trip.receive, trip.send, "returning results"), trip)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TH):  # type: ignore[no-untyped-def]
+        trip = ctx.trip
+        rows_PH = dy_TH[trip.token_of_row_P]
+        return None, trip.wire.exchange_rows(rows_PH, trip.send, trip.receive, "sending gradients of results")
