@@ -1,6 +1,7 @@
 """Errors as the command line says them: one message, the right exit code, a traceback only for our own bugs."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +21,12 @@ def reporting_errors() -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError) as error:
-        _say(str(error))
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a job finds the same
+            _say(str(error))
         raise typer.Exit(WRONG_USE) from error
     except Interrupted as error:
-        Output(stderr=True).print(str(error), markup=False)
+        if os.environ.get("RANK", "0") == "0":
+            Output(stderr=True).print(str(error), markup=False)
         raise typer.Exit(FAILED) from error
     except ExpertuneError as error:
         _say(str(error))

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed (or stopped by a signal), 2 wrong use: arguments, configuration or data.
 """
 
+import os
 import shlex
 import sys
 from enum import StrEnum
@@ -14,6 +15,7 @@ import typer
 
 from expertune.cli.bench import bench
 from expertune.cli.failing import reporting_errors
+from expertune.cli.launch import launch
 from expertune.cli.output import Output
 from expertune.cli.tune import tune
 from expertune.errors import ConfigError, ExpertuneError
@@ -64,7 +66,8 @@ def train(
         from expertune.train.config import load_config
 
         loaded = load_config(config, overrides or [])
-        for note in loaded.notes:
+        is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that talks
+        for note in loaded.notes if is_first else ():
             console.print(f"note: {note}", markup=False)
 
         from expertune.cli.quiet import quiet_libraries
@@ -80,7 +83,8 @@ def train(
             "--resume",
         ]
         report = run_training(loaded.config, console, resume=resume, resume_command=" ".join(again))
-        print_run_report(report, Path(loaded.config.output_dir), console)
+        if is_first:
+            print_run_report(report, Path(loaded.config.output_dir), console)
 
 
 @app.command("eval")
@@ -219,6 +223,7 @@ def doctor() -> None:
         print_doctor(Output())
 
 
+app.command()(launch)
 app.command()(bench)
 app.command()(tune)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,13 @@ class Wire:
             work = dist.all_gather(out, values.contiguous(), group=self.group, async_op=True)
             self._finish(work, values, what)
         return out
+
+    def share(self, value: Any) -> Any:
+        """What the first process of the whole job passes here, in every process; any value that can be pickled."""
+        box = [value]
+        with self._named("waiting for the first process"):
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def barrier(self, what: str) -> None:
         """Wait until every rank is here."""

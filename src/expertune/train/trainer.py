@@ -53,6 +53,10 @@ class Trainer(SFTTrainer):
             (partial / "run").rmdir()
         rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=False)
 
+    def write_adapter(self, folder: Path) -> None:
+        """Write the adapter as PEFT does."""
+        self.model.save_pretrained(str(folder))
+
     def save_now(self) -> None:
         """Save a checkpoint of the last finished step, unless there is none or it is saved already."""
         name = f"{CHECKPOINT_PREFIX}{self.state.global_step}"
