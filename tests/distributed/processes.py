@@ -13,27 +13,30 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+PRELOADED = ["tests.distributed.runs", "tests.distributed.test_dispatch", "expertune.train.run"]
+
 
 class Crew:
     """`size` processes that wait for a function to run together; each knows its rank by torchrun's variables."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        context = mp.get_context("spawn")
-        port = free_port()
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)  # imported once, not by each process
         self.ends: list[Connection] = []
         self.processes: list[SpawnProcess] = []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, size, port, there), daemon=True)
+            process = context.Process(target=_work, args=(rank, size, there), daemon=True)
             process.start()
             self.ends.append(here)
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
         """Run `function(*args)` in every process; the results by rank. Raises what a process raised, as text."""
+        port = free_port()  # a new one: who joins again must not meet the store that others are leaving
         for end in self.ends:
-            end.send((function, args))
+            end.send((function, args, port))
         results, problems = [], []
         for rank, end in enumerate(self.ends):
             if not end.poll(timeout_s):
@@ -54,11 +57,11 @@ class Crew:
             process.join()
 
 
-def _work(rank: int, size: int, port: int, end: Connection) -> None:
+def _work(rank: int, size: int, end: Connection) -> None:
     torch.set_num_threads(1)
-    os.environ |= torchrun_variables(rank, size, port)
     while True:
-        function, args = end.recv()
+        function, args, port = end.recv()
+        os.environ |= torchrun_variables(rank, size, port)
         try:
             end.send((True, function(*args)))
         except BaseException:

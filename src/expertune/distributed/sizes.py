@@ -41,14 +41,14 @@ def sizes_for(world: int, *, expert: int, shard: int, replicate: int | None) -> 
         if rest:
             raise ConfigError(
                 f"expert_parallel_size, dp_shard_size: {expert} x {shard} = {expert * shard} does not divide the "
-                f"{_processes(world)}; {_way_out(expert * shard)}"
+                f"{in_words(world)}; {_way_out(expert * shard)}"
             )
         return ParallelSizes(expert, shard, left)
     sizes = ParallelSizes(expert, shard, replicate)
     if sizes.world != world:
         raise ConfigError(
             f"expert_parallel_size, dp_shard_size, dp_replicate_size: {sizes.arithmetic()}, and there "
-            f"{'is' if world == 1 else 'are'} {_processes(world)}; {_way_out(sizes.world)}"
+            f"{'is' if world == 1 else 'are'} {in_words(world)}; {_way_out(sizes.world)}"
         )
     return sizes
 
@@ -64,7 +64,8 @@ def local_experts(num_experts: int, sizes: ParallelSizes, layer: str) -> int:
     return each
 
 
-def _processes(world: int) -> str:
+def in_words(world: int) -> str:
+    """A number of processes."""
     return "1 process" if world == 1 else f"{world} processes"
 
 

@@ -26,6 +26,11 @@ class DealtBatches(BatchSamplerShard):
         super().__init__(batches, num_processes, process_index, even_batches=False)
         self.filler = filler
 
+    @property
+    def sampler(self) -> Any:
+        """What draws the order: where batches are skipped to resume, accelerate looks here to tell it the epoch."""
+        return self.batch_sampler.sampler
+
     def __iter__(self) -> Iterator[list[int]]:
         """Whole rounds, the last one with fillers. With `drop_last` a round that is not full is left out."""
         mine: list[int] | None = None

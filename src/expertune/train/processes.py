@@ -1,19 +1,26 @@
 """Which processes this run is made of, as torchrun's environment and the configuration say."""
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 
 from expertune.distributed.mesh import ParallelMesh, join_mesh
-from expertune.distributed.sizes import sizes_for
+from expertune.distributed.sizes import in_words, sizes_for
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.train.config import TrainConfig
 from expertune.train.config.parallel_rules import several_processes
 from expertune.train.config.problems import raise_problems
+from expertune.train.trainer import BATCH
 
 T = TypeVar("T")
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes(config: TrainConfig) -> ParallelMesh | None:
@@ -22,7 +29,7 @@ def join_processes(config: TrainConfig) -> ParallelMesh | None:
     Raises ConfigError if the sizes do not multiply to the number of processes, if one process sees several GPUs, or if
     the machine has fewer GPUs than processes.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    world, local = _world(), int(os.environ.get("LOCAL_RANK", "0"))
     sizes = sizes_for(
         world,
         expert=config.expert_parallel_size,
@@ -56,6 +63,27 @@ def _check_backend(backend: str | None, device_type: str) -> None:
     if backend not in (None, needed):
         where = "on NVIDIA GPUs" if device_type == "cuda" else "on a machine without an NVIDIA GPU"
         raise ConfigError(f"expert_parallel_backend: got {backend}; need {needed} {where}; remove it")
+
+
+def check_rows_per_step(checkpoint: Path, config: TrainConfig) -> None:
+    """Raise ConfigError if a run goes on in another number of processes with another number of rows in a step.
+
+    Then it would go on at another place of the data. In as many processes as before it is up to the user.
+    """
+    file = checkpoint / BATCH
+    if not file.is_file():  # of a version before
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    world = _world()
+    rows = config.micro_batch_size * config.gradient_accumulation_steps * world
+    if before["processes"] == world or before["rows_per_step"] == rows:
+        return
+    raise ConfigError(
+        f"{checkpoint} was trained with {before['rows_per_step']} rows in a step ({in_words(before['processes'])}), "
+        f"and now micro_batch_size {config.micro_batch_size} x gradient_accumulation_steps "
+        f"{config.gradient_accumulation_steps} x {in_words(world)} = {rows}: it would go on at another place of the "
+        "data. Change one of them so that the product stays"
+    )
 
 
 def is_first(mesh: ParallelMesh | None) -> bool:

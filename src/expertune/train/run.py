@@ -28,7 +28,7 @@ from expertune.train.generation import reply
 from expertune.train.memory import peak_memory_bytes
 from expertune.train.model import add_adapter, compute_dtype, load_model, load_skeleton, model_options
 from expertune.train.prepare import Prepared, prepare
-from expertune.train.processes import from_first, is_first, join_processes, largest
+from expertune.train.processes import check_rows_per_step, from_first, is_first, join_processes, largest
 from expertune.train.records import RecordKernels
 from expertune.train.saving import CHECKPOINT_PREFIX, check_output_dir, checkpoints, tidy, whole_folder
 from expertune.train.sharded_trainer import ShardedTrainer
@@ -122,6 +122,8 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
 def _open_output_dir(config: TrainConfig, output_dir: Path, resume: bool, console: Console) -> Path | None:
     """Make the folder ready to be written; returns the checkpoint to resume from."""
     checkpoint = _checkpoint_to_resume(config, output_dir, resume)
+    if checkpoint is not None:
+        check_rows_per_step(checkpoint, config)
     check_output_dir(output_dir, need_bytes=0)
     for line in tidy(output_dir):
         console.print(f"{output_dir}: {line}", markup=False)
