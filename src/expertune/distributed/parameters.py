@@ -95,7 +95,7 @@ def whole_tensor(part: Tensor, sharded: ShardedParameter, mesh: ParallelMesh) ->
         part = part.full_tensor()
     if not sharded.is_experts or mesh.sizes.expert == 1:
         return part
-    parts = mesh.wire(EXPERT, sharded.name).gather(part, "gathering an adapter")
+    parts = mesh.wire(EXPERT, sharded.name).gather(part, "gathering what is saved")
     return join_experts(parts, sharded.cut, sharded.num_experts)
 
 

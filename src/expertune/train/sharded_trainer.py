@@ -120,10 +120,10 @@ class ShardedTrainer(Trainer):
             super(Trainer, self)._save_checkpoint(model, trial)  # takes part in the gathers, writes nothing
         self.mesh.wire(None, "the trainer").barrier("saving a checkpoint")
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         wholes = gather_parameters(self.parameters, self.mesh)
         if self.mesh.is_first:
-            super()._save(output_dir, state_dict=wholes)
+            self._save(output_dir, state_dict=wholes)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         whole = gather_optimizer(self._own_optimizer(), self.parameters, self.mesh)
