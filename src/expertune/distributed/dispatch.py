@@ -19,12 +19,15 @@ Partial sums are added in fp32 and in process order, so a run repeats bit for bi
 """
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.distributed.collectives import Wire
+from expertune.ops.plan import ExpertPlan
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,14 @@ class ExpertShard:
 class Trip:
     """Which tokens of this process go where, and how many rows come from where.
 
-    num_tokens: T. token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
+    token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
+    sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
     send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
     """
 
     wire: Wire
-    num_tokens: int
     token_of_row_P: Tensor
+    sums: ExpertPlan
     send: tuple[int, ...]
     receive: tuple[int, ...]
     num_pairs: int
@@ -117,17 +121,28 @@ def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[Trip, Tensor]
     token_P, owner_P = index_P % max(num_tokens, 1), index_P // max(num_tokens, 1)
     ids_PK = expert_ids_TK[token_P] - (owner_P * shard.num_local).unsqueeze(1)
     ids_PK = torch.where((ids_PK >= 0) & (ids_PK < shard.num_local), ids_PK, -1)
+    row_of_slot_TN = place_M.view(num_owners, num_tokens).T.reshape(-1)
+    fence = torch.tensor([0, num_rows], dtype=torch.int32, device=goes_M.device)
+    slot_P = token_P * num_owners + owner_P
+    sums = ExpertPlan(num_tokens, num_owners, 1, slot_P, row_of_slot_TN, token_P, fence, has_sentinels=True)
     num_pairs = sum(pairs for _, pairs in sizes[1])
-    return Trip(shard.wire, num_tokens, token_P, send, receive, num_pairs), ids_PK.to(torch.int32)
+    return Trip(shard.wire, token_P, sums, send, receive, num_pairs), ids_PK.to(torch.int32)
 
 
 def _add_up(rows_PX: Tensor, trip: Trip) -> Tensor:
-    """The rows of each token added: [T, X]. From one process a token has at most one row, so no two meet in a sum."""
-    dtype = torch.float64 if rows_PX.dtype == torch.float64 else torch.float32
-    sum_TX = rows_PX.new_zeros(trip.num_tokens, *rows_PX.shape[1:], dtype=dtype)
-    for tokens, rows in zip(trip.token_of_row_P.split(trip.send), rows_PX.split(trip.send), strict=True):
-        sum_TX.index_add_(0, tokens, rows.to(dtype))
-    return sum_TX.to(rows_PX.dtype)
+    """The rows of each token added in fp32 and in process order: [T, X] in the dtype of the rows."""
+    plan = trip.sums
+    if rows_PX.is_cuda and rows_PX.dtype != torch.float64 and _has_triton():
+        from expertune.ops.experts.scattermoe.combine import combine
+
+        return combine(rows_PX, None, plan)
+    rows_TNX = plan.to_slots(rows_PX).unflatten(0, (plan.num_tokens, plan.top_k))
+    return rows_TNX.sum(1, dtype=torch.promote_types(rows_PX.dtype, torch.float32)).to(rows_PX.dtype)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 class _ToExperts(torch.autograd.Function):

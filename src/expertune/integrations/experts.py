@@ -71,10 +71,11 @@ def experts_forward(
 
     shard: ExpertShard | None = getattr(experts, SHARD, None)
     if shard is not None:
-        arrived = send_to_experts(hidden_states, top_k_index, top_k_weights, shard)
+        x_TH = hidden_states.to(up.weight_EYX.dtype)  # what the experts compute in, and no more bytes than that
+        arrived = send_to_experts(x_TH, top_k_index, top_k_weights, shard)
         live = arrived.trip.num_pairs
         plan = build_plan(arrived.expert_ids_RK, up.num_experts, sentinels=True, num_live_rows=live)
-        return return_from_experts(run(arrived.x_RH, arrived.weights_RK, plan), arrived)
+        return return_from_experts(run(arrived.x_RH, arrived.weights_RK, plan), arrived).to(hidden_states.dtype)
     # Transformers before 5.18 has no flag and may always pass sentinel ids.
     sentinels = bool(getattr(experts, "_is_expert_parallel", True))
     return run(hidden_states, top_k_weights, build_plan(top_k_index, up.num_experts, sentinels=sentinels))

@@ -7,7 +7,7 @@
    layer by layer; FSDP2 cuts each layer as soon as it is there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from expertune.integrations.checkpoint_slices import fill_in_parts
 from expertune.integrations.saved_adapter import PREFIX
 from expertune.layers.backends import IMPLEMENTATIONS
 from expertune.layers.layout import is_experts_module, projection_names
+
+Fill = Callable[[nn.Module, str, torch.dtype, torch.device, range, int], Iterator[set[str]]]
+"""As `fill_in_parts`."""
 
 
 def build_skeleton(base_model: str, dtype: torch.dtype, **options: Any) -> Any:
@@ -45,12 +48,19 @@ def build_skeleton(base_model: str, dtype: torch.dtype, **options: Any) -> Any:
 
 
 def spread_model(
-    peft_model: Any, base_model: str, dtype: torch.dtype, mesh: ParallelMesh, device: torch.device, **options: Any
+    peft_model: Any,
+    base_model: str,
+    dtype: torch.dtype,
+    mesh: ParallelMesh,
+    device: torch.device,
+    *,
+    fill: Fill = fill_in_parts,
+    **options: Any,
 ) -> list[ShardedParameter]:
     """Leave each process with its share of a skeleton with an adapter, on `device`; returns what trains, in order.
 
-    options: as given to `build_skeleton`. Every process must call it.
-    Raises ConfigError if experts do not divide, or if the checkpoint lacks a weight.
+    fill: what gives the weights their values, part by part. options: as given to `build_skeleton`.
+    Every process must call it. Raises ConfigError if experts do not divide, or if the checkpoint lacks a weight.
     """
     num_experts = deal_out_experts(peft_model, mesh)
     source = _empty_model(base_model, dtype, options)
@@ -63,7 +73,7 @@ def spread_model(
             f"dp_shard_size: the layers of {type(source).__name__} are not recognised, so its weights cannot be "
             "sharded; need 1"
         )
-    for filled in fill_in_parts(source, base_model, dtype, device, own, num_experts):
+    for filled in fill(source, base_model, dtype, device, own, num_experts):
         _move_over(source, peft_model, filled)
         for name, layer in list(layers.items()):
             if not _placeholders(layer):
