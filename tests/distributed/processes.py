@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from expertune.distributed.mesh import leave_mesh
+
 PRELOADED = ["tests.distributed.runs", "tests.distributed.test_dispatch", "expertune.train.run"]
 
 
@@ -67,6 +69,7 @@ def _work(rank: int, size: int, end: Connection) -> None:
         except BaseException:
             end.send((False, traceback.format_exc()))
             sys.stdout.flush()
+        leave_mesh()  # torch remembers meshes by their shape: groups get the same names each time one is laid out
 
 
 def torchrun_variables(rank: int, size: int, port: int) -> dict[str, str]:

@@ -49,6 +49,8 @@ def write_run(folder: Path, base_model: Path, *, batches: int, **changes: Any) -
         "eval_strategy": "no",
         "eval_on_start": False,
         "save_strategy": "no",
+        "sample_prompts": ["Give the signature of `Queue.put`, described as: Put an item into the queue."],
+        "sample_max_new_tokens": 6,
         "bf16": False,
         "ddp_timeout": 60,
     }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import expertune
@@ -67,8 +68,39 @@ def in_processes(folder: str, sizes: ParallelSizes, options: dict[str, Any]) -> 
     return float(mesh.wire(None, "the test").sum(loss.detach() / sizes.world, "loss")), grads
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [ParallelSizes(expert=2), ParallelSizes(expert=2, shard=2)], ids=["ep", "ep x shard"])
+def own_share(folder: str, sizes: ParallelSizes) -> dict[str, int]:
+    """Values of the base model that this process holds: of experts and of the rest."""
+    mesh = join_mesh(sizes, "cpu", timeout_s=30)
+    settings = {"experts_implementation": "expertune"}
+    model = with_adapter(build_skeleton(folder, torch.float32, **settings))
+    assert all(p.untyped_storage().nbytes() <= 4 for p in model.parameters() if not p.requires_grad), "it takes memory"
+    spread_model(model, folder, torch.float32, mesh, torch.device("cpu"), **settings)
+    held = {"experts": 0, "rest": 0}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            held["experts" if ".experts." in name else "rest"] += local.numel()
+    return held
+
+
+def test_each_process_holds_its_share(tmp_path: Path, two: Crew, four: Crew) -> None:
+    model = build(next(each for each in architectures() if each.folder == "qwen3_moe"), "eager")
+    model.save_pretrained(tmp_path)
+    whole = {"experts": 0, "rest": 0}
+    for name, parameter in model.named_parameters():
+        whole["experts" if ".experts." in name else "rest"] += parameter.numel()
+    for held in two.run(own_share, str(tmp_path), ParallelSizes(expert=2)):
+        assert held == {"experts": whole["experts"] // 2, "rest": whole["rest"]}
+    for held in four.run(own_share, str(tmp_path), ParallelSizes(expert=2, shard=2)):
+        assert held == {"experts": whole["experts"] // 4, "rest": whole["rest"] // 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [(kind, ParallelSizes(expert=2)) for kind in KINDS]
+    + [(kind, ParallelSizes(expert=2, shard=2)) for kind in ("gpt_oss", "qwen3_next", "deepseek_v3")],
+    ids=lambda value: "x".join(map(str, vars(value).values())) if isinstance(value, ParallelSizes) else value,
+)
 def test_loss_and_gradients(kind: str, sizes: ParallelSizes, tmp_path: Path, two: Crew, four: Crew) -> None:
     build(next(each for each in architectures() if each.folder == kind), "eager").save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertune.distributed.parameters import Cut, cut_experts, join_experts
+from expertune.distributed.parameters import Cut, _chunks, cut_experts, join_experts
 from expertune.layers.layout import lora_from_peft
 
 EXPERTS, RANK, IN, OUT = 6, 3, 5, 4
@@ -22,6 +22,13 @@ def test_each_process_gets_its_experts(size: int) -> None:
         assert torch.equal(part.b_EYR, whole.b_EYR[mine])
     assert torch.equal(join_experts(parts_a, Cut.EXPERT_SLOWEST, EXPERTS), a)
     assert torch.equal(join_experts(parts_b, Cut.EXPERT_FASTEST, EXPERTS), b)
+
+
+@pytest.mark.parametrize(("length", "size"), [(8, 2), (7, 3), (2, 4), (5, 4), (0, 2)])
+def test_shards_are_those_of_torch_chunk(length: int, size: int) -> None:
+    rows = [list(chunk) for chunk in _chunks(length, size)]
+    want = [chunk.tolist() for chunk in torch.arange(length).chunk(size)] if length else []
+    assert rows == want + [[]] * (size - len(want))
 
 
 def test_what_all_share_is_not_cut() -> None:

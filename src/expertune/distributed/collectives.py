@@ -106,6 +106,18 @@ class Wire:
         work.wait()
 
     @contextmanager
+    def naming(self, what: str) -> Iterator[None]:
+        """Within it, errors of messages that others send, such as FSDP2's, also come out as a CollectiveError."""
+        try:
+            yield
+        except CollectiveError:
+            raise
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise self._error(what, next(iter(str(error).splitlines()))) from error
+            raise
+
+    @contextmanager
     def _named(self, what: str) -> Iterator[None]:
         try:
             yield

@@ -85,7 +85,8 @@ class ShardedTrainer(Trainer):
     # Gradients.
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().training_step(*args, **kwargs)
+        with self.mesh.wire(None, f"step {self.state.global_step + 1}").naming("gathering or summing shards"):
+            loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             synchronise_gradients(self.parameters, self.mesh)
         return loss
