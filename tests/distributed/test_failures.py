@@ -131,3 +131,23 @@ def wait_for(condition: Any, process: "subprocess.Popen[str]", timeout_s: float 
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "the run did not get there"
         time.sleep(0.05)
+
+
+def test_ctrl_c_saves_once_and_says_how_to_go_on(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, dp_shard_size=2, micro_batch_size=1, max_steps=4000, num_epochs=999, save_strategy="no", bf16=False
+    )
+    process = launch(config)
+    try:
+        wait_for(lambda: (tmp_path / "run" / "kernels.json").exists(), process)  # a few steps are done
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and the processes get it
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1
+    saved = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+    assert len(saved) == 1
+    assert output.count("stopped by SIGINT at step") == 1, output
+    assert f"launch --nproc 2 {config} --resume" in output
+    assert "Traceback" not in output

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from expertune.cli.output import Output
 from expertune.errors import ConfigError, DataError, ExpertuneError, Interrupted
 
 FAILED, WRONG_USE = 1, 2
+_GRACE_S = 3.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -21,11 +23,12 @@ def reporting_errors() -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a job finds the same
-            _say(str(error))
+        _let_the_first_talk()
+        _say(str(error))
         raise typer.Exit(WRONG_USE) from error
     except Interrupted as error:
-        if os.environ.get("RANK", "0") == "0":
+        _let_the_first_talk()
+        if os.environ.get("RANK", "0") == "0":  # they stopped together
             Output(stderr=True).print(str(error), markup=False)
         raise typer.Exit(FAILED) from error
     except ExpertuneError as error:
@@ -40,6 +43,15 @@ def reporting_errors() -> Iterator[None]:
             raise
         _say(message)
         raise typer.Exit(FAILED) from error
+
+
+def _let_the_first_talk() -> None:
+    """Of torchrun's processes on a machine, which mostly fail alike, give the first time to say it and end the job.
+
+    torchrun stops the others as soon as one has ended; an error that only one of them has is said a little later.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_GRACE_S)
 
 
 def _say(message: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from expertune.cli.failing import reporting_errors
+from expertune.cli.failing import FAILED, WRONG_USE, reporting_errors
 from expertune.errors import ExpertuneError
 
 
@@ -44,13 +44,18 @@ def run_processes(nproc: int, command: list[str]) -> None:
 
     Raises ExpertuneError, naming the first process that failed, once torchrun has stopped the others.
     """
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     try:
         torchrun(["--standalone", "--nproc-per-node", str(nproc), *command])
+    except SignalException as error:  # passed on to the processes, of which the first has said what was saved
+        raise typer.Exit(FAILED) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == WRONG_USE:  # it has said what is wrong
+            raise typer.Exit(WRONG_USE) from error
         how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with code {failure.exitcode}"
         raise ExpertuneError(
             f"rank {rank} (process {failure.pid}) {how}; the other processes were stopped. `--resume` goes on from the "

@@ -71,13 +71,12 @@ def train(
             console.print(f"note: {note}", markup=False)
 
         from expertune.cli.quiet import quiet_libraries
-        from expertune.cli.render import print_run_report, program
+        from expertune.cli.render import print_run_report
         from expertune.train.run import train as run_training
 
         quiet_libraries()
         again = [
-            program(),
-            "train",
+            *_program_again(),
             shlex.quote(str(config)),
             *(f"--set {shlex.quote(item)}" for item in overrides or []),
             "--resume",
@@ -243,6 +242,18 @@ def show_config(
             print_json_schema()
         else:
             print_config_keys(Output(), key)
+
+
+def _program_again() -> list[str]:
+    """The start of the command that goes on with a training run, in as many processes as this one has."""
+    from expertune.cli.render import program
+
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1":
+        return [program(), "train"]
+    if processes == os.environ.get("LOCAL_WORLD_SIZE"):
+        return [program(), "launch", "--nproc", processes]
+    return ["torchrun", "(as before)", "-m", "expertune", "train"]  # on each machine
 
 
 def _settings_of(config: Path, overrides: list[str] | None) -> "TrainConfig":
