@@ -28,6 +28,7 @@ class Case:
     tokens: tuple[int, ...]
     ids: str = "random"
     backend: str = "torch_grouped"
+    dtype: torch.dtype = torch.float32
 
 
 CASES = {
@@ -43,6 +44,7 @@ CASES = {
     "no token, and none arrives": Case((0, 5), "last"),
     "in Triton's interpreter": Case((3, 1), backend="scattermoe"),
     "in Triton's interpreter, none arrives": Case((0, 3), "last", backend="scattermoe"),
+    "in fp64": Case((4, 3), dtype=torch.float64),
     "four processes": Case((4, 0, 7, 1)),
     "four processes, all tokens to the last": Case((4, 0, 7, 1), "last"),
 }
@@ -68,7 +70,7 @@ def _problem(case: Case) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(case.dtype)
 
     def projection(out: int, width: int) -> ExpertProjection:
         lora = ExpertLora(random(EXPERTS, RANK, width), random(EXPERTS, out, RANK), 2.0)
@@ -80,7 +82,7 @@ def _problem(case: Case) -> dict[str, Any]:
         "down": projection(HIDDEN, WIDTH),
         "x": [random(case.tokens[rank], HIDDEN) for rank in ranks],
         "ids": [_ids(case, rank, generator) for rank in ranks],
-        "weights": [torch.rand(case.tokens[rank], TOP_K, generator=generator) for rank in ranks],
+        "weights": [torch.rand(case.tokens[rank], TOP_K, generator=generator).to(case.dtype) for rank in ranks],
         "dy": [random(case.tokens[rank], HIDDEN) for rank in ranks],
     }
 
@@ -135,7 +137,7 @@ def test_it_equals_the_oracle(name: str, two: Crew, four: Crew) -> None:
     up, down = _slice(problem["up"], slice(None)), _slice(problem["down"], slice(None))
     x_TH = torch.cat(problem["x"]).requires_grad_()
     weights_TK, ids_TK = torch.cat(problem["weights"]).requires_grad_(), torch.cat(problem["ids"])
-    want_y = reference_expert_mlp(x_TH, ids_TK, weights_TK, up, down, SWIGLU)
+    want_y = reference_expert_mlp(x_TH, ids_TK, weights_TK, up, down, SWIGLU, dtype=case.dtype)
     want_dx, want_dweights, *want_dloras = torch.autograd.grad(
         want_y, [x_TH, weights_TK, *_loras(up, down)], torch.cat(problem["dy"])
     )
@@ -148,9 +150,10 @@ def test_it_equals_the_oracle(name: str, two: Crew, four: Crew) -> None:
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
-    """Relative L2 error within fp32's rounding; exact where there is nothing."""
+    """Relative L2 error within the dtype's rounding; exact where there is nothing."""
     assert got.shape == want.shape
-    assert float((got - want).norm()) <= 2e-6 * float(want.norm())
+    assert got.dtype == want.dtype
+    assert float((got - want).norm()) <= 20 * torch.finfo(want.dtype).eps * float(want.norm())
 
 
 def test_a_token_travels_once_to_a_process(two: Crew) -> None:

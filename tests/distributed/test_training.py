@@ -41,7 +41,7 @@ LAYOUTS = {
     "ep 4": Layout(4, {"expert_parallel_size": 4}),
     "ep 2 x dp_shard 2": Layout(4, {"expert_parallel_size": 2, "dp_shard_size": 2}),
     "ep 2 x dp_shard 2, checkpointed": Layout(
-        4, {"expert_parallel_size": 2, "dp_shard_size": 2, "gradient_checkpointing": True, "max_steps": 5}
+        4, {"expert_parallel_size": 2, "dp_shard_size": 2, "gradient_checkpointing": True, "max_steps": 10}
     ),
     "ep 2 x dp_replicate 2": Layout(4, {"expert_parallel_size": 2, "dp_replicate_size": 2, "max_steps": SHORT}),
 }
@@ -125,7 +125,13 @@ def test_other_rows_in_a_step_are_refused(divided: Path, base_model: Path, tmp_p
 
 def test_packed_rows(base_model: Path, tmp_path: Path, two: Crew) -> None:
     """13 sequences an epoch, four a step: one process of two gets the last one, the other a filler."""
-    packed = {"sample_packing": True, "max_steps": 6, "learning_rate": 1e-2}
+    packed = {
+        "sample_packing": True,
+        "max_steps": None,
+        "num_epochs": 1.5,
+        "learning_rate": 1e-2,
+        "lr_scheduler": "cosine",
+    }
     run_together(None, write_run(tmp_path / "alone", base_model, batches=4, **packed))
     run_together(two, write_run(tmp_path / "two", base_model, batches=2, expert_parallel_size=2, **packed))
     rows = log_of(tmp_path / "alone")

@@ -48,16 +48,17 @@ class Wire:
             self._finish(work, rows_PX, what)
         return out
 
-    def exchange_counts(self, counts_NC: Tensor, what: str) -> Tensor:
-        """Send row r of [N, C] integers to rank r of the N in the group; returns what each sent here, [N, C].
+    def exchange_counts(self, counts_NC: Tensor, what: str) -> tuple[list[list[int]], list[list[int]]]:
+        """Send row r of [N, C] integers to rank r of the N in the group; returns what was sent and what each sent here.
 
-        The host waits until it has arrived: the one place where a stalled or lost rank is certain to be noticed.
+        The host waits for the numbers: the one place in a layer where a stalled or lost rank is certain to be noticed.
         """
         received_NC = torch.empty_like(counts_NC)
         with self._named(what):
             work = dist.all_to_all_single(received_NC, counts_NC.contiguous(), group=self.group, async_op=True)
-            self._finish(work, counts_NC, what, wait=True)
-        return received_NC
+            self._finish(work, counts_NC, what)
+            sent, received = self._read(torch.stack((counts_NC, received_NC)), what)
+        return sent, received
 
     def sum(self, values: Tensor, what: str, *, wait: bool = False) -> Tensor:
         """Sum a tensor over the group, in place. wait: the host waits for it, with the clock."""
@@ -98,12 +99,28 @@ class Wire:
         if not values.is_cuda:
             work.wait(timedelta(seconds=self.timeout_s))  # raises by itself
             return
+        work.wait()
+        if wait:
+            self._wait_for_device(what)
+
+    def _read(self, values: Tensor, what: str) -> list[Any]:
+        """The values on the host."""
+        if not values.is_cuda:
+            return list(values.tolist())
+        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        pinned.copy_(values, non_blocking=True)
+        self._wait_for_device(what)
+        return list(pinned.tolist())
+
+    def _wait_for_device(self, what: str) -> None:
+        """Wait until the current stream has come this far, by looking, with the clock."""
+        here = torch.cuda.Event()
+        here.record()
         start = time.monotonic()
-        while wait and not work.is_completed():
+        while not here.query():
             if time.monotonic() - start > self.timeout_s:
                 raise self._error(what, f"nothing arrived for {self.timeout_s:g} s")
             time.sleep(0)  # other threads of Python may run
-        work.wait()
 
     @contextmanager
     def naming(self, what: str) -> Iterator[None]:

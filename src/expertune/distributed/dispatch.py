@@ -23,6 +23,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -86,9 +87,8 @@ def send_to_experts(x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, sha
     Raises CollectiveError if a process does not take part in time, ValueError for an id that no process owns.
     """
     trip, ids_PK = _plan_trip(expert_ids_TK, shard)
-    x_RH, weights_RK = _ToExperts.apply(trip, x_TH, weights_TK)
-    ids_RK = shard.wire.exchange_rows(ids_PK, trip.send, trip.receive, "sending expert ids")
-    return Arrived(trip, x_RH, ids_RK.to(torch.int64), weights_RK)
+    x_RH, weights_RK, ids_RK = _ToExperts.apply(trip, ids_PK, x_TH, weights_TK)
+    return Arrived(trip, x_RH, ids_RK, weights_RK)
 
 
 def return_from_experts(y_RH: Tensor, arrived: Arrived) -> Tensor:
@@ -108,25 +108,26 @@ def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[Trip, Tensor]
     pairs_TN = torch.zeros(num_tokens, num_owners, dtype=torch.int64, device=owner_TK.device)
     pairs_TN.scatter_add_(1, owner_TK, torch.ones_like(owner_TK))
     goes_TN = pairs_TN > 0
-    counts_N2 = torch.stack((goes_TN.sum(0), pairs_TN.sum(0)), dim=1)
-    received_N2 = shard.wire.exchange_counts(counts_N2, "exchange of the dispatch's sizes")
-    sizes = torch.stack((counts_N2, received_N2)).tolist()  # both at once: one wait for the device
-    send, receive = (tuple(rows for rows, _ in half) for half in sizes)
-    num_rows = sum(send)
+    # All that does not need the sizes comes before the wait for them, after which the device has nothing else to do.
     goes_M = goes_TN.T.reshape(-1)  # by destination, then by token
+    num_most = goes_M.numel()
     # Where each that goes lands; all others share a place behind the end. (torch.nonzero would wait once more.)
-    place_M = torch.where(goes_M, goes_M.cumsum(0) - 1, num_rows)
-    index_M = torch.arange(goes_M.numel(), device=goes_M.device)
-    index_P = index_M.new_empty(num_rows + 1).scatter_(0, place_M, index_M)[:num_rows]
-    token_P, owner_P = index_P % max(num_tokens, 1), index_P // max(num_tokens, 1)
-    ids_PK = expert_ids_TK[token_P] - (owner_P * shard.num_local).unsqueeze(1)
-    ids_PK = torch.where((ids_PK >= 0) & (ids_PK < shard.num_local), ids_PK, -1)
-    row_of_slot_TN = place_M.view(num_owners, num_tokens).T.reshape(-1)
-    fence = torch.tensor([0, num_rows], dtype=torch.int32, device=goes_M.device)
-    slot_P = token_P * num_owners + owner_P
-    sums = ExpertPlan(num_tokens, num_owners, 1, slot_P, row_of_slot_TN, token_P, fence, has_sentinels=True)
-    num_pairs = sum(pairs for _, pairs in sizes[1])
-    return Trip(shard.wire, token_P, sums, send, receive, num_pairs), ids_PK.to(torch.int32)
+    place_M = torch.where(goes_M, goes_M.cumsum(0) - 1, num_most)
+    index_M = torch.arange(num_most, device=goes_M.device)
+    index_M = index_M.new_zeros(num_most + 1).scatter_(0, place_M, index_M)[:num_most]
+    token_M, owner_M = index_M % max(num_tokens, 1), index_M // max(num_tokens, 1)
+    ids_MK = expert_ids_TK[token_M] - (owner_M * shard.num_local).unsqueeze(1)
+    ids_MK = torch.where((ids_MK >= 0) & (ids_MK < shard.num_local), ids_MK, -1).to(torch.int32)
+    slot_M = token_M * num_owners + owner_M
+    row_of_slot_M = place_M.view(num_owners, num_tokens).T.reshape(-1)
+    fence = F.pad(goes_M.sum().to(torch.int32).view(1), (1, 0))
+    counts_N2 = torch.stack((goes_TN.sum(0), pairs_TN.sum(0)), dim=1)
+    sent, received = shard.wire.exchange_counts(counts_N2, "exchange of the dispatch's sizes")
+    send, receive = (tuple(rows for rows, _ in half) for half in (sent, received))
+    token_P, slot_P = token_M[: sum(send)], slot_M[: sum(send)]
+    sums = ExpertPlan(num_tokens, num_owners, 1, slot_P, row_of_slot_M, token_P, fence, has_sentinels=True)
+    num_pairs = sum(pairs for _, pairs in received)
+    return Trip(shard.wire, token_P, sums, send, receive, num_pairs), ids_MK[: sum(send)]
 
 
 def _add_up(rows_PX: Tensor, trip: Trip) -> Tensor:
@@ -146,20 +147,25 @@ def _has_triton() -> bool:
 
 
 class _ToExperts(torch.autograd.Function):
-    """Inputs: the trip, x [T, H], weights [T, K]."""
+    """Inputs: the trip, ids [P, K] int32, x [T, H], weights [T, K]. Ids and weights share a message, bit for bit."""
 
     @staticmethod
-    def forward(ctx, trip, x_TH, weights_TK):  # type: ignore[no-untyped-def]
+    def forward(ctx, trip, ids_PK, x_TH, weights_TK):  # type: ignore[no-untyped-def]
         ctx.trip = trip
-        return tuple(
-            trip.wire.exchange_rows(values[trip.token_of_row_P], trip.send, trip.receive, what)
-            for values, what in ((x_TH, "sending tokens"), (weights_TK, "sending routing weights"))
-        )
+        wire, rows, top_k = trip.wire, trip.token_of_row_P, ids_PK.shape[1]
+        wide = torch.promote_types(weights_TK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
+        packed_P = torch.cat((ids_PK, weights_TK[rows].to(wide).view(torch.int32)), dim=1)
+        packed_R = wire.exchange_rows(packed_P, trip.send, trip.receive, "sending expert ids and routing weights")
+        x_RH = wire.exchange_rows(x_TH[rows], trip.send, trip.receive, "sending tokens")
+        ids_RK = packed_R[:, :top_k].to(torch.int64)
+        weights_RK = packed_R[:, top_k:].contiguous().view(wide).to(weights_TK.dtype)
+        ctx.mark_non_differentiable(ids_RK)
+        return x_RH, weights_RK, ids_RK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx_RH, dweights_RK):  # type: ignore[no-untyped-def]
-        trip, (_, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
+    def backward(ctx, dx_RH, dweights_RK, _):  # type: ignore[no-untyped-def]
+        trip, (_, _, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
         dx_TH = dweights_TK = None
         if need_x:
             dx_PH = trip.wire.exchange_rows(dx_RH, trip.receive, trip.send, "returning gradients of tokens")
@@ -167,7 +173,7 @@ class _ToExperts(torch.autograd.Function):
         if need_weights:
             what = "returning gradients of routing weights"
             dweights_TK = _add_up(trip.wire.exchange_rows(dweights_RK, trip.receive, trip.send, what), trip)
-        return None, dx_TH, dweights_TK
+        return None, None, dx_TH, dweights_TK
 
 
 class _FromExperts(torch.autograd.Function):
