@@ -1,6 +1,10 @@
 """Layouts that cannot be are refused before anything starts, with the arithmetic."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +13,11 @@ from typer.testing import CliRunner
 from expertune.cli.main import app
 from expertune.distributed.sizes import ParallelSizes, local_experts, sizes_for
 from expertune.errors import ConfigError
+from expertune.integrations.sharded_model import deal_out_experts
 from expertune.train import processes
 from expertune.train.config import TrainConfig, load_config
 from expertune.train.processes import join_processes
+from tests.tiny import tiny_model
 from tests.train.runs import write_config
 
 
@@ -43,6 +49,20 @@ def test_experts_that_do_not_divide() -> None:
         "expert_parallel_size: model.layers.0.mlp.experts has 60 experts, and 60 / 8 = 7 remainder 4; need a size that "
         "divides them: 1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: tiny_model("eager"), "experts_implementation: got eager, which cannot share experts"),
+        (lambda: torch.nn.Linear(2, 2), "the model has no experts in Transformers' experts interface; need 1"),
+        (lambda: tiny_model("torch_grouped", num_experts=7), "7 experts, and 7 / 2 = 3 remainder 1"),
+    ],
+)
+def test_models_whose_experts_cannot_be_shared(model: Callable[[], torch.nn.Module], message: str) -> None:
+    mesh: Any = SimpleNamespace(sizes=ParallelSizes(expert=2))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        deal_out_experts(model(), mesh)
 
 
 def test_launch_checks_before_it_starts_anything(tmp_path: Path) -> None:

@@ -123,6 +123,12 @@ def test_other_rows_in_a_step_are_refused(divided: Path, base_model: Path, tmp_p
         run_together(None, config)
 
 
+def test_going_on_from_an_adapter(alone: Path, base_model: Path, tmp_path: Path, two: Crew) -> None:
+    changes = {"lora_model_dir": str(alone / "run"), "max_steps": 1, "learning_rate": 1e-12}
+    run_together(two, write_run(tmp_path, base_model, batches=2, expert_parallel_size=2, **changes))
+    assert_same_adapter(adapter_of(tmp_path), adapter_of(alone))
+
+
 def test_packed_rows(base_model: Path, tmp_path: Path, two: Crew) -> None:
     """13 sequences an epoch, four a step: one process of two gets the last one, the other a filler."""
     packed = {

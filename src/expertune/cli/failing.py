@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import typer
 
 from expertune.cli.output import Output
-from expertune.errors import ConfigError, DataError, ExpertuneError, Interrupted
+from expertune.errors import CollectiveError, ConfigError, DataError, ExpertuneError, Interrupted
 
 FAILED, WRONG_USE = 1, 2
 _GRACE_S = 3.0
@@ -31,6 +31,11 @@ def reporting_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":  # they stopped together
             Output(stderr=True).print(str(error), markup=False)
         raise typer.Exit(FAILED) from error
+    except CollectiveError as error:
+        _say(str(error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)  # a GPU that waits for a message which never comes would hold up an orderly end
     except ExpertuneError as error:
         _say(str(error))
         raise typer.Exit(FAILED) from error

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from expertune.distributed.collectives import Wire
 from expertune.distributed.sizes import ParallelSizes
 
+_WATCHDOG_LATER_S = 60.0
 REPLICATE, SHARD, EXPERT = "dp_replicate", "dp_shard", "ep"
 
 
@@ -55,7 +56,8 @@ def join_mesh(sizes: ParallelSizes, device_type: str, timeout_s: float) -> Paral
 
     device_type: "cuda" talks over NCCL, "cpu" over gloo. Every process must call it. `leave_mesh` undoes it.
     """
-    timeout = timedelta(seconds=timeout_s)
+    # NCCL's own watchdog kills the process without a word of the model: it comes after the wait that names the layer.
+    timeout = timedelta(seconds=timeout_s + (_WATCHDOG_LATER_S if device_type == "cuda" else 0))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
     ranks = torch.arange(sizes.world).view(sizes.replicate, sizes.shard, sizes.expert)

@@ -87,9 +87,8 @@ def spread_model(
         )
     _settle(peft_model, mesh, device)
     if mesh.sizes.shard > 1:
-        register_fsdp_forward_method(
-            peft_model, "generate"
-        )  # it goes around the forward that gathers what is no layer's
+        # generate goes around the forward of this, the outermost model, which gathers what is in no layer.
+        register_fsdp_forward_method(peft_model, "generate")
     return trainable_parameters(peft_model, mesh)
 
 
