@@ -16,6 +16,7 @@ from expertune.ops.experts.gates import SWIGLU
 from expertune.ops.experts.reference import reference_expert_mlp
 from expertune.ops.experts.types import ExpertLora, ExpertProjection
 from expertune.ops.plan import build_plan
+from tests.comparing import assert_agrees
 from tests.distributed.processes import Crew
 
 EXPERTS, HIDDEN, WIDTH, RANK, TOP_K = 8, 32, 16, 4, 2
@@ -141,19 +142,11 @@ def test_it_equals_the_oracle(name: str, two: Crew, four: Crew) -> None:
     want_dx, want_dweights, *want_dloras = torch.autograd.grad(
         want_y, [x_TH, weights_TK, *_loras(up, down)], torch.cat(problem["dy"])
     )
-    assert_close(torch.cat([each["y"] for each in got]), want_y.detach())
-    assert_close(torch.cat([each["dx"] for each in got]), want_dx)
-    assert_close(torch.cat([each["dweights"] for each in got]), want_dweights)
+    for key, want in {"y": want_y.detach(), "dx": want_dx, "dweights": want_dweights}.items():
+        assert_agrees(key, torch.cat([each[key] for each in got]), want, dtype=case.dtype)
     for index, want in enumerate(want_dloras):
-        assert_close(torch.cat([each["dloras"][index] for each in got]), want)
+        assert_agrees(f"lora {index}", torch.cat([each["dloras"][index] for each in got]), want, dtype=case.dtype)
     assert sum(each["rows"] for each in got) == ids_TK.numel(), "a token was dropped, or a sentinel costs a row"
-
-
-def assert_close(got: Tensor, want: Tensor) -> None:
-    """Relative L2 error within the dtype's rounding; exact where there is nothing."""
-    assert got.shape == want.shape
-    assert got.dtype == want.dtype
-    assert float((got - want).norm()) <= 20 * torch.finfo(want.dtype).eps * float(want.norm())
 
 
 def test_a_token_travels_once_to_a_process(two: Crew) -> None:
