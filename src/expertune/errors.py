@@ -17,6 +17,10 @@ class DataError(ExpertuneError):
     """A data set is missing, empty or has bad rows. Nothing was started."""
 
 
+class CollectiveError(ExpertuneError, RuntimeError):
+    """A message between processes did not arrive in time, or the process at the other end is gone."""
+
+
 class BackendError(ExpertuneError, RuntimeError):
     """An expert backend was asked for by name and cannot run where it is needed."""
 

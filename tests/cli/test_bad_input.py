@@ -225,7 +225,7 @@ TABLE = {
     "nothing trains": keys("nothing would train", lora_target_modules=[], lora_target_parameters=[]),
     "two held-out sets": keys("need one", "val_set_size: 0", val_set_size=2, test_datasets=[{"path": "train.jsonl"}]),
     "evaluation of nothing": keys("no rows are held out", "val_set_size", eval_steps=2),
-    "two GPUs": keys("expert_parallel_size: got 2; need 1", expert_parallel_size=2),
+    "two GPUs": keys("expert_parallel_size", "2 x 1 = 2", "the 1 process", "--nproc 2", expert_parallel_size=2),
     # the model
     "missing model folder": keys(
         "base_model: got ./models/moe", "no such", "hub id (org/name)", base_model="./models/moe"

@@ -48,3 +48,14 @@ def test_invariants(tokens: int, top_k: int, experts: int, sentinels: bool, seed
 def test_bad_input_is_named(ids: torch.Tensor, experts: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_plan(ids, experts)
+
+
+def test_rows_of_sentinels_can_be_cut_off() -> None:
+    ids_TK = torch.tensor([[1, -1], [-1, -1], [0, 1]])
+    whole, cut = build_plan(ids_TK, 2, sentinels=True), build_plan(ids_TK, 2, sentinels=True, num_live_rows=3)
+    assert (whole.num_rows, cut.num_rows) == (6, 3)
+    assert cut.slot_of_row_S.tolist() == whole.slot_of_row_S[:3].tolist() == [4, 0, 5]
+    assert cut.row_fence_F.tolist() == whole.row_fence_F.tolist()
+    assert cut.to_slots(torch.tensor([10.0, 20.0, 30.0])).tolist() == [20, 0, 0, 0, 10, 30]
+    none = build_plan(torch.full((2, 2), -1), 2, sentinels=True, num_live_rows=0)
+    assert none.to_slots(torch.empty(0, 3)).tolist() == torch.zeros(4, 3).tolist()

@@ -109,7 +109,7 @@ TABLE = {
     "no adapter": _bad(GOOD + "adapter:\n", "adapter: got nothing, which asks for full fine-tuning; need lora"),
     "adapter none": _set("adapter=none", "adapter: got none; need lora", "LoRA adapters only"),
     "deepspeed": _set("deepspeed=zero3.json", "deepspeed: is known to Axolotl but not supported", "several GPUs"),
-    "old fsdp": _bad(GOOD + "fsdp: [full_shard]\n", "fsdp: is known to Axolotl but not supported", "one GPU"),
+    "old fsdp": _bad(GOOD + "fsdp: [full_shard]\n", "fsdp: is known to Axolotl but not supported", "dp_shard_size"),
     "rl": _set("rl=dpo", "rl: is known to Axolotl but not supported", "supervised"),
     "reward_model": _set("reward_model=true", "reward_model: is known to Axolotl", "supervised"),
     "unfrozen_parameters": _bad(
@@ -234,11 +234,19 @@ TABLE = {
     "two attention flags": _bad(
         GOOD + "flash_attention: true\nsdp_attention: true\n", "sdp_attention: is set together with flash_attention"
     ),
-    "expert parallel": _set(
-        "expert_parallel_size=8", "expert_parallel_size: got 8; need 1", "not part of this version"
+    "optimizer of whole parameters": _bad(
+        GOOD + "dp_shard_size: 2\noptimizer: adafactor\n",
+        "optimizer, dp_shard_size: got adafactor",
+        "each value by itself",
     ),
-    "sharding": _set("dp_shard_size=4", "dp_shard_size: got 4; need 1", "not part of this version"),
-    "fsdp_config": _set("fsdp_config={offload_params: true}", "fsdp_config: FSDP is not part of this version"),
+    "compiled in several processes": _bad(
+        GOOD + "expert_parallel_size: 2\ntorch_compile: true\n", "torch_compile is not supported in several processes"
+    ),
+    "deep_ep": _set("expert_parallel_backend=deep_ep", "the package deep_ep is not installed", "NCCL's all-to-all"),
+    "no such backend": _set("expert_parallel_backend=mpi", "expert_parallel_backend: got mpi"),
+    "fsdp_config": _set(
+        "fsdp_config={offload_params: true}", "fsdp_config: FSDP2 has no options here", "dp_shard_size"
+    ),
     "prefetch without workers": _set("dataloader_prefetch_factor=4", "needs dataloader_num_workers of at least 1"),
     "compile mode alone": _set(
         "torch_compile_mode=default", "torch_compile_mode: counts only with torch_compile: true"

@@ -186,12 +186,8 @@ def test_the_report_is_complete(tmp_path: Path) -> None:
     assert report["trainable_parameters"] > 0
 
 
-def test_several_gpus_or_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write_config(tmp_path)
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"2 are visible: set CUDA_VISIBLE_DEVICES=0"):
-        run(config)
-    monkeypatch.undo()
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="without torchrun"):
-        run(config)
+    with pytest.raises(ConfigError, match=r"2 GPUs are visible.*launch CONFIG --nproc 2.*CUDA_VISIBLE_DEVICES=0"):
+        run(write_config(tmp_path))
+    assert not (tmp_path / "run").exists()

@@ -1,16 +1,19 @@
 """Errors as the command line says them: one message, the right exit code, a traceback only for our own bugs."""
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
 from expertune.cli.output import Output
-from expertune.errors import ConfigError, DataError, ExpertuneError, Interrupted
+from expertune.errors import CollectiveError, ConfigError, DataError, ExpertuneError, Interrupted
 
 FAILED, WRONG_USE = 1, 2
+_GRACE_S = 3.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -20,11 +23,19 @@ def reporting_errors() -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError) as error:
+        _let_the_first_talk()
         _say(str(error))
         raise typer.Exit(WRONG_USE) from error
     except Interrupted as error:
-        Output(stderr=True).print(str(error), markup=False)
+        _let_the_first_talk()
+        if os.environ.get("RANK", "0") == "0":  # they stopped together
+            Output(stderr=True).print(str(error), markup=False)
         raise typer.Exit(FAILED) from error
+    except CollectiveError as error:
+        _say(str(error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)  # a GPU that waits for a message which never comes would hold up an orderly end
     except ExpertuneError as error:
         _say(str(error))
         raise typer.Exit(FAILED) from error
@@ -37,6 +48,15 @@ def reporting_errors() -> Iterator[None]:
             raise
         _say(message)
         raise typer.Exit(FAILED) from error
+
+
+def _let_the_first_talk() -> None:
+    """Of torchrun's processes on a machine, which mostly fail alike, give the first time to say it and end the job.
+
+    torchrun stops the others as soon as one has ended; an error that only one of them has is said a little later.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_GRACE_S)
 
 
 def _say(message: str) -> None:

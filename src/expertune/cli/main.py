@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed (or stopped by a signal), 2 wrong use: arguments, configuration or data.
 """
 
+import os
 import shlex
 import sys
 from enum import StrEnum
@@ -15,6 +16,7 @@ import typer
 from expertune.cli.bench import bench
 from expertune.cli.estimate import estimate
 from expertune.cli.failing import reporting_errors
+from expertune.cli.launch import launch
 from expertune.cli.output import Output
 from expertune.cli.tune import tune
 from expertune.errors import ConfigError, ExpertuneError
@@ -65,23 +67,24 @@ def train(
         from expertune.train.config import load_config
 
         loaded = load_config(config, overrides or [])
-        for note in loaded.notes:
+        is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that talks
+        for note in loaded.notes if is_first else ():
             console.print(f"note: {note}", markup=False)
 
         from expertune.cli.quiet import quiet_libraries
-        from expertune.cli.render import print_run_report, program
+        from expertune.cli.render import print_run_report
         from expertune.train.run import train as run_training
 
         quiet_libraries()
         again = [
-            program(),
-            "train",
+            *_program_again(),
             shlex.quote(str(config)),
             *(f"--set {shlex.quote(item)}" for item in overrides or []),
             "--resume",
         ]
         report = run_training(loaded.config, console, resume=resume, resume_command=" ".join(again))
-        print_run_report(report, Path(loaded.config.output_dir), console)
+        if is_first:
+            print_run_report(report, Path(loaded.config.output_dir), console)
 
 
 @app.command("eval")
@@ -221,6 +224,7 @@ def doctor() -> None:
 
 
 app.command()(estimate)
+app.command()(launch)
 app.command()(bench)
 app.command()(tune)
 
@@ -240,6 +244,18 @@ def show_config(
             print_json_schema()
         else:
             print_config_keys(Output(), key)
+
+
+def _program_again() -> list[str]:
+    """The start of the command that goes on with a training run, in as many processes as this one has."""
+    from expertune.cli.render import program
+
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1":
+        return [program(), "train"]
+    if processes == os.environ.get("LOCAL_WORLD_SIZE"):
+        return [program(), "launch", "--nproc", processes]
+    return ["torchrun", "(as before)", "-m", "expertune", "train"]  # on each machine
 
 
 def _settings_of(config: Path, overrides: list[str] | None) -> "TrainConfig":

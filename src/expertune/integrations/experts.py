@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from expertune.distributed.dispatch import ExpertShard, return_from_experts, send_to_experts
 from expertune.integrations.adapters import active_lora
 from expertune.integrations.gates import activation_of
 from expertune.integrations.tuned import tuned_tile
@@ -23,6 +24,9 @@ from expertune.ops.plan import ExpertPlan
 
 # torch.compile leaves this to Python: its backward is autograd's of any function, and it asks for addresses.
 _grouped_expert_linear = torch.compiler.disable(grouped_expert_linear, reason=WHY_NOT_COMPILED)
+
+SHARD = "expertune_shard"
+"""Where an experts module that holds only some of its layer's experts keeps its `ExpertShard`."""
 
 
 def install() -> None:
@@ -51,21 +55,32 @@ def experts_forward(
     The gate is the module's own function, whatever it computes; a kernel computes it itself where it is exactly one
     that it knows. A module that has more of its own between the projections (a norm, trainable parameters) is run in
     pieces through autograd: slower, the same result.
+    A module that was given an `ExpertShard` holds only its process's experts: tokens travel (`distributed.dispatch`).
     Raises BackendError if a backend was asked for by name and cannot run on the device of the input.
     """
     up_name, down_name = projection_names(experts)
     up = read_projection(experts, up_name, active_lora(experts, up_name))
     down = read_projection(experts, down_name, active_lora(experts, down_name))
     backend = backend_for(implementation, hidden_states.device.type, up.weight_EYX.dtype, "experts_implementation")
-    # Transformers before 5.18 has no flag and may always pass sentinel ids.
-    sentinels = bool(getattr(experts, "_is_expert_parallel", True))
-    in_pieces = _has_more_of_its_own(experts)
-    tile = None if in_pieces else _tile_for(backend, top_k_index, up, down)
-    plan = run_build_plan(backend, top_k_index, up, sentinels=sentinels, tile=tile)
     activation = activation_of(experts)
-    if in_pieces:
-        return _run_in_pieces(backend, experts, hidden_states, top_k_weights, plan, up, down, activation)
-    return run_expert_mlp(backend, hidden_states, top_k_weights, plan, up, down, activation, tile=tile)
+    in_pieces = _has_more_of_its_own(experts)
+
+    def run(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, sentinels: bool, live: int | None = None) -> Tensor:
+        tile = None if in_pieces else _tile_for(backend, ids_TK, up, down)
+        plan = run_build_plan(backend, ids_TK, up, sentinels=sentinels, num_live_rows=live, tile=tile)
+        if in_pieces:
+            return _run_in_pieces(backend, experts, x_TH, weights_TK, plan, up, down, activation)
+        return run_expert_mlp(backend, x_TH, weights_TK, plan, up, down, activation, tile=tile)
+
+    shard: ExpertShard | None = getattr(experts, SHARD, None)
+    if shard is None:
+        # Transformers before 5.18 has no flag and may always pass sentinel ids.
+        sentinels = bool(getattr(experts, "_is_expert_parallel", True))
+        return run(hidden_states, top_k_index, top_k_weights, sentinels)
+    x_TH = hidden_states.to(up.weight_EYX.dtype)  # what the experts compute in, and no more bytes than that
+    arrived = send_to_experts(x_TH, top_k_index, top_k_weights, shard)
+    y_RH = run(arrived.x_RH, arrived.expert_ids_RK, arrived.weights_RK, True, arrived.trip.num_pairs)
+    return return_from_experts(y_RH, arrived).to(hidden_states.dtype)
 
 
 def _run_in_pieces(

@@ -28,6 +28,7 @@ def run_build_plan(
     up: ExpertProjection,
     *,
     sentinels: bool = False,
+    num_live_rows: int | None = None,
     tile: LinearTile | None = None,
 ) -> ExpertPlan:
     """The plan of a routing decision, with what a backend of `backend_for` wants in it; arguments of `build_plan`.
@@ -35,10 +36,10 @@ def run_build_plan(
     up: the first of the projections that it is for. tile: as for `run_expert_mlp`.
     """
     if backend == TORCH_GROUPED:
-        return build_plan(expert_ids_TK, up.num_experts, sentinels=sentinels)
+        return build_plan(expert_ids_TK, up.num_experts, sentinels=sentinels, num_live_rows=num_live_rows)
     from expertune.ops.experts.scattermoe.products import build_plan_and_tables
 
-    return build_plan_and_tables(expert_ids_TK, up, sentinels=sentinels, tile=tile)
+    return build_plan_and_tables(expert_ids_TK, up, sentinels=sentinels, num_live_rows=num_live_rows, tile=tile)
 
 
 def run_expert_mlp(

@@ -26,10 +26,11 @@ class ExpertPlan:
 
     num_tokens: T. top_k: K. num_experts: E.
     slot_of_row_S: [S] int64, the flat position `token * K + k` that row s serves.
-    row_of_slot_S: [S] int64, the inverse permutation.
+    row_of_slot_S: [T K] int64, the inverse permutation; for a sentinel's slot a row from `row_fence_F[E]` on.
     token_of_row_S: [S] int64, `slot_of_row_S // K`: the gather index of x.
     row_fence_F: [E + 1] int32, rows of expert e are `row_fence_F[e] : row_fence_F[e + 1]`.
-    has_sentinels: rows from `row_fence_F[E]` on may exist; they belong to another rank and contribute nothing.
+    has_sentinels: rows from `row_fence_F[E]` on may exist; they belong to another rank and contribute nothing. Where
+        their number was known (`num_live_rows` of `build_plan`) S does not count them, and they cost no memory.
     tables: the rows cut into tiles and chunks, if they were asked for; kernels that need others build them.
     """
 
@@ -45,8 +46,8 @@ class ExpertPlan:
 
     @property
     def num_rows(self) -> int:
-        """S, counting sentinel rows."""
-        return self.num_tokens * self.top_k
+        """S, counting sentinel rows unless they were cut off."""
+        return self.slot_of_row_S.shape[0]
 
     @property
     def row_ends_E(self) -> Tensor:
@@ -58,6 +59,17 @@ class ExpertPlan:
         rows_S = torch.arange(self.num_rows, device=self.row_fence_F.device, dtype=torch.int32)
         return torch.searchsorted(self.row_ends_E, rows_S, right=True).clamp_(max=self.num_experts - 1)
 
+    def to_slots(self, rows_SX: Tensor) -> Tensor:
+        """Rows [S, ...] in slot order, [T K, ...]; zero for sentinels whose rows were cut off."""
+        num_slots = self.row_of_slot_S.shape[0]
+        if self.num_rows == num_slots:
+            return rows_SX[self.row_of_slot_S]
+        if not self.num_rows:
+            return rows_SX.new_zeros(num_slots, *rows_SX.shape[1:])
+        slots = rows_SX[self.row_of_slot_S.clamp(max=self.num_rows - 1)]
+        cut = (self.row_of_slot_S >= self.num_rows).view(-1, *[1] * (rows_SX.dim() - 1))
+        return slots.masked_fill(cut, 0)
+
     def sentinel_rows(self) -> Tensor:
         """[S, 1] bool, true where a row belongs to no local expert."""
         rows_S = torch.arange(self.num_rows, device=self.row_fence_F.device, dtype=torch.int32)
@@ -65,7 +77,12 @@ class ExpertPlan:
 
 
 def build_plan(
-    expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool = False, table_rows: tuple[int, int] | None = None
+    expert_ids_TK: Tensor,
+    num_experts: int,
+    *,
+    sentinels: bool = False,
+    num_live_rows: int | None = None,
+    table_rows: tuple[int, int] | None = None,
 ) -> ExpertPlan:
     """Sort the (token, expert) pairs of a routing decision by expert.
 
@@ -73,6 +90,7 @@ def build_plan(
     num_experts: E, the number of local experts.
     sentinels: ids below 0 or from E on are allowed and mark rows of another rank. Without it such an id is an error,
         which is checked where looking costs no synchronisation (on the CPU, outside torch.compile).
+    num_live_rows: how many ids are no sentinels, where the caller knows it: sentinels' rows are then cut off.
     table_rows: rows of a tile and of a chunk, where the sort on a GPU shall write these tables too (`row_tables`); in
         vain on the CPU and under torch.compile, where the kernels that need tables build them.
     Deterministic: the sort is stable. On a GPU with Triton it is two launches (`counting_sort`).
@@ -87,7 +105,7 @@ def build_plan(
     num_tokens, top_k = expert_ids_TK.shape
     compiling = torch.compiler.is_compiling()
     if expert_ids_TK.is_cuda and (compiling or _has_triton()):  # torch.compile on a GPU has Triton, and cannot ask
-        return _by_counting(expert_ids_TK, num_experts, sentinels=sentinels, table_rows=table_rows)
+        return _by_counting(expert_ids_TK, num_experts, sentinels, num_live_rows, table_rows)
     ids_S = expert_ids_TK.reshape(-1)
     if sentinels:
         ids_S = torch.where(ids_S < 0, num_experts, ids_S)
@@ -106,16 +124,20 @@ def build_plan(
         num_tokens=num_tokens,
         top_k=top_k,
         num_experts=num_experts,
-        slot_of_row_S=slot_of_row_S,
+        slot_of_row_S=slot_of_row_S[:num_live_rows],
         row_of_slot_S=row_of_slot_S,
-        token_of_row_S=slot_of_row_S // top_k,
+        token_of_row_S=slot_of_row_S[:num_live_rows] // top_k,
         row_fence_F=torch.searchsorted(sorted_ids_S, experts_F, out_int32=True),
         has_sentinels=sentinels,
     )
 
 
 def _by_counting(
-    expert_ids_TK: Tensor, num_experts: int, *, sentinels: bool, table_rows: tuple[int, int] | None
+    expert_ids_TK: Tensor,
+    num_experts: int,
+    sentinels: bool,
+    num_live_rows: int | None,
+    table_rows: tuple[int, int] | None,
 ) -> ExpertPlan:
     """The two launches."""
     from expertune.ops.counting_sort import sort_and_cut, sort_slots
@@ -125,7 +147,13 @@ def _by_counting(
         rows, tables = sort_and_cut(expert_ids_TK, num_experts, *table_rows)
     else:
         rows = sort_slots(expert_ids_TK, num_experts)
-    return ExpertPlan(num_tokens, top_k, num_experts, *rows, has_sentinels=sentinels, tables=tables)
+    slot_of_row_S, row_of_slot_S, token_of_row_S, row_fence_F = rows
+    if num_live_rows is not None:
+        slot_of_row_S, token_of_row_S = slot_of_row_S[:num_live_rows], token_of_row_S[:num_live_rows]
+    return ExpertPlan(
+        num_tokens, top_k, num_experts, slot_of_row_S, row_of_slot_S, token_of_row_S, row_fence_F,
+        has_sentinels=sentinels, tables=tables,
+    )  # fmt: skip
 
 
 def _in_range(ids_S: Tensor, num_experts: int) -> bool:

@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from expertune.distributed.mesh import ParallelMesh
 
 
 class Stopped(Exception):
@@ -18,11 +21,15 @@ class Stopped(Exception):
 class StopOnSignal(TrainerCallback):
     """SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
 
-    received: the name of the signal, None while none has come.
+    received: the name of the signal, None while none has come. stopped_by: the same, once training stops for it.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self.received
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -53,6 +60,41 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         if self.received is not None:
             raise Stopped
+
+
+class StopTogether(StopOnSignal):
+    """The same in a process among several: all stop after the same step, whoever got the signal, and whenever.
+
+    A terminal and torchrun both pass a signal on, so a second one means nothing; torchrun kills what has not ended
+    half a minute after the first.
+    """
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self._stopped_by: str | None = None
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._stopped_by
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        number = signal.Signals[self.received].value if self.received is not None else 0
+        numbers = torch.tensor([number], device=args.device)
+        number = int(self.mesh.wire(None, "the trainer").maximum(numbers, "the end of a step"))
+        if number:
+            self.received = self._stopped_by = signal.Signals(number).name
+        return super().on_step_end(args, state, control, **kwargs) if number else control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation is finished: others wait in it."""
 
 
 class ShowProgress(TrainerCallback):

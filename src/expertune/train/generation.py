@@ -16,11 +16,13 @@ def reply(
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     stop_tokens: tuple[str, ...] = (),
+    together: bool = False,
 ) -> str:
     """Generate until an end token or `max_new_tokens`.
 
     prompt: a chat as messages, or a string, which is a user's message where the tokenizer has a chat template and plain
     text to continue where it has none. temperature: 0 is greedy. stop_tokens: more tokens that end the reply.
+    together: the model is spread over processes, which all generate the same and wait for the last to end.
     """
     if isinstance(prompt, str) and tokenizer.chat_template is not None:
         prompt = [{"role": "user", "content": prompt}]
@@ -44,6 +46,7 @@ def reply(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(ends),
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=together,
                 **sampling,
             )
     finally:

@@ -1,6 +1,7 @@
 """Tokenizer, base model and adapter, as the configuration asks for them."""
 
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,17 @@ from jinja2 import TemplateSyntaxError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import expertune
 from expertune.errors import ConfigError, UnsupportedModelError
+from expertune.integrations.sharded_model import build_skeleton
 from expertune.integrations.targets import doubled_ranks
 from expertune.train.config import TrainConfig
 from expertune.train.config.problems import nearest
@@ -87,6 +95,27 @@ def load_model(config: TrainConfig, *, dtype: torch.dtype | str | None = None) -
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """How a model is built from its configuration, beside its dtype."""
+    options: dict[str, Any] = {
+        "trust_remote_code": config.trust_remote_code,
+        "experts_implementation": config.experts_implementation,
+    }
+    return options | ({"attn_implementation": config.attn_implementation} if config.attn_implementation else {})
+
+
+def load_skeleton(config: TrainConfig) -> PreTrainedModel:
+    """The base model without its weights, to be spread over processes once it has an adapter."""
+    with naming("base_model", config.base_model):
+        try:
+            model = build_skeleton(config.base_model, compute_dtype(config), **model_options(config))
+        except UnsupportedModelError as error:
+            raise ConfigError(f"base_model: {error.problem}; in several processes it cannot be trained") from error
+        with suppress(OSError):  # a checkpoint need not have one
+            model.generation_config = GenerationConfig.from_pretrained(config.base_model)
+    return model
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:

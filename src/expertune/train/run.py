@@ -3,30 +3,35 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, set_seed
 
+from expertune.distributed.mesh import ParallelMesh, leave_mesh
 from expertune.errors import ConfigError, ExpertuneError, Interrupted
 from expertune.files import write_whole
 from expertune.integrations.audit import AdapterAudit, audit
-from expertune.integrations.saved_adapter import read_adapter
+from expertune.integrations.saved_adapter import open_adapter, read_adapter
+from expertune.integrations.sharded_model import spread_model
 from expertune.integrations.targets import summarise_trainable
 from expertune.layers.backends import AUTO, pick_backend
 from expertune.train.arguments import set_intervals, sft_config
-from expertune.train.callbacks import ShowProgress, StopOnSignal, Stopped
+from expertune.train.callbacks import ShowProgress, StopOnSignal, Stopped, StopTogether
 from expertune.train.config import TrainConfig, resolved_yaml, wandb_environment
 from expertune.train.generation import reply
 from expertune.train.memory import peak_memory_bytes
-from expertune.train.model import add_adapter, load_model
+from expertune.train.model import add_adapter, compute_dtype, load_model, load_skeleton, model_options
 from expertune.train.prepare import Prepared, prepare
+from expertune.train.processes import check_rows_per_step, from_first, is_first, join_processes, largest
 from expertune.train.records import RecordKernels
 from expertune.train.saving import CHECKPOINT_PREFIX, check_output_dir, checkpoints, tidy, whole_folder
+from expertune.train.sharded_trainer import ShardedTrainer
 from expertune.train.trainer import Trainer
 
 ADAPTER = "adapter"
@@ -65,60 +70,64 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     resume_command: what to type to continue, said when a signal stops the run.
     Raises ConfigError or DataError before training if anything is wrong; Interrupted after a signal.
     """
-    _check_one_process_one_gpu()
+    mesh = join_processes(config)
+    if mesh is not None and not mesh.is_first:
+        console = Console(quiet=True)
     os.environ.update(wandb_environment(config))
     output_dir = Path(config.output_dir)
-    checkpoint = _checkpoint_to_resume(config, output_dir, resume)
-    check_output_dir(output_dir, need_bytes=0)
-    for line in tidy(output_dir):
-        console.print(f"{output_dir}: {line}", markup=False)
+    checkpoint = from_first(mesh, lambda: _open_output_dir(config, output_dir, resume, console))
     prepared = prepare(config, console)
     set_seed(config.seed)
-    model = add_adapter(load_model(config), config)
+    model = add_adapter(load_model(config) if mesh is None else load_skeleton(config), config)
     _print_what_trains(model, config, console)
-    check_output_dir(output_dir, need_bytes=_checkpoint_bytes(model, config))
-    stop, progress, records = StopOnSignal(), ShowProgress(console), RecordKernels()
-    trainer = _trainer(model, prepared, config, [stop, progress, records], resumed=checkpoint is not None)
-    records.also_log_to(trainer)
-    write_whole(output_dir / RESOLVED_CONFIG, resolved_yaml(config))
+    from_first(mesh, lambda: check_output_dir(output_dir, need_bytes=_checkpoint_bytes(model, config)))
     report = RunReport(
         base_model=config.base_model,
         experts_backend=_backend_in_words(config),
         trainable_parameters=model.get_nb_trainable_parameters()[0],
         resumed_from=str(checkpoint) if checkpoint else None,
     )
+    stop = StopOnSignal() if mesh is None else StopTogether(mesh)
+    progress, records = ShowProgress(console), RecordKernels()
+    trainer = _trainer(model, prepared, config, [stop, progress, records], mesh, resumed=checkpoint is not None)
+    records.also_log_to(trainer)
+    if is_first(mesh):
+        write_whole(output_dir / RESOLVED_CONFIG, resolved_yaml(config))
     start = time.perf_counter()
     try:
         with stop.listening():
             if checkpoint is None:
-                report.samples_before = _samples(trainer, prepared, config)
+                report.samples_before = _samples(trainer, prepared, config, mesh)
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if stop.received is None:  # otherwise a checkpoint is saved, and there is more to train
-                with whole_folder(output_dir / ADAPTER) as folder:
-                    model.save_pretrained(str(folder))
-                    prepared.tokenizer.save_pretrained(str(folder))
-                    report.adapter_audit = _audit(model, folder, output_dir)
+            if stop.stopped_by is None:  # otherwise a checkpoint is saved, and there is more to train
+                report.adapter_audit = _save_adapter(trainer, prepared, config, mesh)
                 report.train_loss = result.training_loss
-                _look_at_the_end(trainer, prepared, config, report)
+                _look_at_the_end(trainer, prepared, config, report, mesh)
     except Stopped:
         trainer.save_now()
     finally:
         progress.close()
         records.close()
-    if stop.received is not None:
-        raise _interrupted(stop.received, output_dir, trainer.state.global_step, resume_command)
-    report.seconds, report.peak_memory_gib = time.perf_counter() - start, peak_memory_bytes() / 2**30
-    write_whole(output_dir / REPORT, json.dumps(asdict(report), indent=2) + "\n")
+    if stop.stopped_by is not None:
+        leave_mesh()
+        raise _interrupted(stop.stopped_by, output_dir, trainer.state.global_step, resume_command)
+    report.seconds = time.perf_counter() - start
+    report.peak_memory_gib = largest(mesh, peak_memory_bytes() / 2**30)
+    if is_first(mesh):
+        write_whole(output_dir / REPORT, json.dumps(asdict(report), indent=2) + "\n")
+    leave_mesh()
     return report
 
 
-def _check_one_process_one_gpu() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("this version trains in one process; start it without torchrun or accelerate launch")
-    if torch.cuda.device_count() > 1:
-        raise ConfigError(
-            f"this version trains on one GPU, and {torch.cuda.device_count()} are visible: set CUDA_VISIBLE_DEVICES=0"
-        )
+def _open_output_dir(config: TrainConfig, output_dir: Path, resume: bool, console: Console) -> Path | None:
+    """Make the folder ready to be written; returns the checkpoint to resume from."""
+    checkpoint = _checkpoint_to_resume(config, output_dir, resume)
+    if checkpoint is not None:
+        check_rows_per_step(checkpoint, config)
+    check_output_dir(output_dir, need_bytes=0)
+    for line in tidy(output_dir):
+        console.print(f"{output_dir}: {line}", markup=False)
+    return checkpoint
 
 
 def _checkpoint_to_resume(config: TrainConfig, output_dir: Path, resume: bool) -> Path | None:
@@ -151,12 +160,19 @@ def _trainer(
     prepared: Prepared,
     config: TrainConfig,
     callbacks: list[TrainerCallback],
+    mesh: ParallelMesh | None,
     *,
     resumed: bool,
 ) -> Trainer:
     args = sft_config(config, prepared.plan)
     args.eval_on_start = config.eval_on_start and not resumed
-    trainer = Trainer(
+    make: Callable[..., Trainer] = Trainer
+    if mesh is not None:
+        parameters = spread_model(
+            model, config.base_model, compute_dtype(config), mesh, args.device, **model_options(config)
+        )
+        make = partial(ShardedTrainer, mesh=mesh, parameters=parameters)
+    trainer = make(
         model=model,
         args=args,
         train_dataset=prepared.train.dataset,
@@ -168,9 +184,28 @@ def _trainer(
     return trainer
 
 
-def _audit(model: PeftModel, folder: Path, output_dir: Path) -> AdapterAudit:
+def _save_adapter(trainer: Trainer, prepared: Prepared, config: TrainConfig, mesh: ParallelMesh | None) -> AdapterAudit:
+    """Write the run's adapter, whole or not at all."""
+    target = Path(config.output_dir) / ADAPTER
+
+    def write() -> AdapterAudit:
+        with whole_folder(target) as folder:
+            trainer.write_adapter(folder)
+            prepared.tokenizer.save_pretrained(str(folder))
+            return _audit(trainer.model, folder, config, mesh)
+
+    if not is_first(mesh):
+        trainer.write_adapter(target)  # takes part in the gather, writes nothing
+    return from_first(mesh, write)
+
+
+def _audit(model: PeftModel, folder: Path, config: TrainConfig, mesh: ParallelMesh | None) -> AdapterAudit:
     """Read the adapter back from the file; raises ExpertuneError if it is not whole."""
-    found = audit(read_adapter(model, folder))
+    if mesh is None:
+        saved_adapter = read_adapter(model, folder)
+    else:  # the model here is a part
+        saved_adapter = open_adapter(folder, config.base_model, trust_remote_code=config.trust_remote_code)
+    found, output_dir = audit(saved_adapter), Path(config.output_dir)
     if found.problems:
         lines = "\n".join(f"  {line}" for line in found.problems[:10])
         saved = checkpoints(output_dir)
@@ -179,9 +214,11 @@ def _audit(model: PeftModel, folder: Path, output_dir: Path) -> AdapterAudit:
     return found
 
 
-def _look_at_the_end(trainer: Trainer, prepared: Prepared, config: TrainConfig, report: RunReport) -> None:
+def _look_at_the_end(
+    trainer: Trainer, prepared: Prepared, config: TrainConfig, report: RunReport, mesh: ParallelMesh | None
+) -> None:
     """Held-out loss and samples of the trained model, into the report."""
-    report.samples_after = _samples(trainer, prepared, config)
+    report.samples_after = _samples(trainer, prepared, config, mesh)
     report.steps = trainer.state.global_step
     if prepared.heldout is not None and _logged_heldout_loss(trainer, report.steps) is None:
         trainer.evaluate()
@@ -190,7 +227,9 @@ def _look_at_the_end(trainer: Trainer, prepared: Prepared, config: TrainConfig, 
     report.log = trainer.state.log_history
 
 
-def _samples(trainer: Trainer, prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
+def _samples(
+    trainer: Trainer, prepared: Prepared, config: TrainConfig, mesh: ParallelMesh | None
+) -> list[tuple[str, str]]:
     return [
         (
             prompt,
@@ -200,6 +239,7 @@ def _samples(trainer: Trainer, prepared: Prepared, config: TrainConfig) -> list[
                 prompt,
                 max_new_tokens=config.sample_max_new_tokens,
                 stop_tokens=tuple(config.eot_tokens or ()),
+                together=mesh is not None,
             ),
         )
         for prompt in config.sample_prompts

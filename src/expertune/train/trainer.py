@@ -2,6 +2,7 @@
 loss is exact.
 """
 
+import json
 import math
 import time
 from pathlib import Path
@@ -12,8 +13,12 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
+from expertune.files import write_whole
 from expertune.train.memory import peak_memory_bytes
 from expertune.train.saving import CHECKPOINT_PREFIX, whole_folder
+
+BATCH = "batch.json"
+"""A checkpoint's file with `Trainer.batch`."""
 
 
 class Trainer(SFTTrainer):
@@ -51,7 +56,18 @@ class Trainer(SFTTrainer):
                 path.rename(partial / path.name)
             (partial / "run" / name).rmdir()
             (partial / "run").rmdir()
+            write_whole(partial / BATCH, json.dumps(self.batch()) + "\n")
         rotate_checkpoints(output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, use_mtime=False)
+
+    def write_adapter(self, folder: Path) -> None:
+        """Write the adapter as PEFT does."""
+        self.model.save_pretrained(str(folder))
+
+    def batch(self) -> dict[str, int]:
+        """How many rows a step has, and in how many processes: a run goes on in others with as many rows."""
+        args = self.args
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {"rows_per_step": rows, "processes": args.world_size}
 
     def save_now(self) -> None:
         """Save a checkpoint of the last finished step, unless there is none or it is saved already."""

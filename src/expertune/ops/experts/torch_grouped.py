@@ -86,7 +86,7 @@ def gather_rows(x_TH: Tensor, plan: ExpertPlan) -> Tensor:
 
 def combine_rows(z_SH: Tensor, weights_TK: Tensor, plan: ExpertPlan) -> Tensor:
     """Sum the K rows of each token, weighted: [S, H] in plan order to [T, H], accumulated in fp32. Differentiable."""
-    z_TKH = _zero_sentinels(z_SH, plan)[plan.row_of_slot_S].unflatten(0, (plan.num_tokens, plan.top_k))
+    z_TKH = plan.to_slots(_zero_sentinels(z_SH, plan)).unflatten(0, (plan.num_tokens, plan.top_k))
     return (z_TKH * weights_TK.unsqueeze(-1).to(z_SH.dtype)).sum(dim=1)
 
 
@@ -157,7 +157,7 @@ class _GroupedExpertMLP(torch.autograd.Function):
                     bias_SH = down.bias_EY[plan.expert_of_row()]
                     dp_S = dp_S + (dz_SH * bias_SH).sum(dim=-1, dtype=dp_S.dtype)
                 dp_S = _zero_sentinels(dp_S.unsqueeze(-1), plan)
-                dweights_TK = dp_S[plan.row_of_slot_S].view_as(weights_TK).to(weights_TK.dtype)
+                dweights_TK = plan.to_slots(dp_S).view_as(weights_TK).to(weights_TK.dtype)
             grads_down = _parameter_grads(dz_SH, v2_SR, a_SI, u2_SR, down, plan, need_down, p_S1)
             del dz_SH, a_SI
             if need_x or any(need_up):
@@ -321,7 +321,7 @@ def _weight_of_row(weights_TK: Tensor, plan: ExpertPlan) -> Tensor:
 
 def _sum_slots(rows_SH: Tensor, plan: ExpertPlan) -> Tensor:
     """The K rows of each token summed, in fp32 inside: [T, H]."""
-    return rows_SH[plan.row_of_slot_S].unflatten(0, (plan.num_tokens, plan.top_k)).sum(dim=1)
+    return plan.to_slots(rows_SH).unflatten(0, (plan.num_tokens, plan.top_k)).sum(dim=1)
 
 
 def _zero_sentinels(rows_SX: Tensor, plan: ExpertPlan) -> Tensor:

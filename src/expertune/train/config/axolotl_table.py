@@ -107,7 +107,11 @@ SAME_AS_HERE = MappingProxyType(
 )
 """Keys whose one value says what expertune does anyway: taken at that value, refused at any other."""
 
-_MULTI_GPU = "training on several GPUs is not part of this version; remove it and run on one GPU"
+_MULTI_GPU = "several GPUs are used by expert_parallel_size, dp_shard_size and dp_replicate_size alone; remove it"
+_OTHER_AXES = (
+    "several GPUs divide experts, weights and batches (expert_parallel_size, dp_shard_size, dp_replicate_size), not a "
+    "sequence or a matrix; remove it"
+)
 _QUANTISED = "quantised base models are not part of this version; remove it and load in bf16"
 _PREFERENCE = "expertune does supervised fine-tuning only"
 _FULL = "expertune trains adapters only"
@@ -137,11 +141,9 @@ REASONS = MappingProxyType(
         "fsdp_final_state_dict_type": _MULTI_GPU,
         "ddp": _MULTI_GPU,
         "ddp_find_unused_parameters": _MULTI_GPU,
-        "ddp_timeout": _MULTI_GPU,
-        "dp_replicate_size": _MULTI_GPU,
-        "tensor_parallel_size": _MULTI_GPU,
-        "sequence_parallel_degree": _MULTI_GPU,
-        "context_parallel_size": _MULTI_GPU,
+        "tensor_parallel_size": _OTHER_AXES,
+        "sequence_parallel_degree": _OTHER_AXES,
+        "context_parallel_size": _OTHER_AXES,
         "device_map": "the model goes to the GPU if there is one, otherwise to the CPU; remove it",
         "rl": _PREFERENCE,
         "trl": _PREFERENCE,

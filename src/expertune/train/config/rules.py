@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import MappingProxyType
 
 from expertune.train.config.model_keys import DatasetConfig
+from expertune.train.config.parallel_rules import check_parallel
 from expertune.train.config.problems import Problem, nearest
 from expertune.train.config.schema import TrainConfig
 
@@ -41,7 +42,7 @@ def check_rules(config: TrainConfig, given: frozenset[str]) -> list[Problem]:
         *_precision(config, given),
         *_starting_point(config),
         *_packages(config),
-        *_not_in_this_version(config),
+        *check_parallel(config),
     ]
 
 
@@ -259,15 +260,3 @@ def _packages(config: TrainConfig) -> Iterator[Problem]:
                 f"{config.optimizer} needs {package}, which is not installed; run `pip install {package}`, or say "
                 "optimizer: adamw_torch_fused",
             )
-
-
-def _not_in_this_version(config: TrainConfig) -> Iterator[Problem]:
-    for name, what in (
-        ("expert_parallel_size", "sharing experts among GPUs"),
-        ("dp_shard_size", "sharding weights over GPUs"),
-    ):
-        size = getattr(config, name)
-        if size > 1:
-            yield Problem((name,), f"got {size}; need 1: {what} is not part of this version yet; remove it")
-    if config.fsdp_config:
-        yield Problem(("fsdp_config",), "FSDP is not part of this version yet; remove it and run on one GPU")

@@ -130,9 +130,16 @@ class ExpertKeys(ConfigModel):
 class ParallelKeys(ConfigModel):
     """Parallelism"""
 
-    expert_parallel_size: Positive = key(1, "GPUs that share the experts; only 1 in this version")
-    dp_shard_size: Positive = key(1, "GPUs that share each weight; only 1 in this version")
-    fsdp_config: Options | None = key(None, "options of FSDP; not in this version")
+    expert_parallel_size: Positive = key(1, "processes that divide each layer's experts among them")
+    dp_shard_size: Positive = key(1, "processes that divide each weight among them (FSDP2)")
+    dp_replicate_size: Positive | None = key(
+        None, "copies of all that (default: as many as the processes that were started make)"
+    )
+    expert_parallel_backend: Literal["nccl", "gloo", "deep_ep"] | None = key(
+        None, "what carries tokens to their experts (default: nccl on GPUs, gloo without)"
+    )
+    ddp_timeout: Positive = key(1800, "seconds after which a message between processes that does not come is an error")
+    fsdp_config: Options | None = key(None, "options of FSDP; there are none here")
 
 
 class LoggingKeys(ConfigModel):

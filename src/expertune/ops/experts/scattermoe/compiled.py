@@ -211,8 +211,9 @@ def _products(
 ) -> Products:
     slot_of_row_S, row_of_slot_S, token_of_row_S, row_fence_F = plan
     num_rows, num_experts = slot_of_row_S.shape[0], weight_EYX.shape[0]
+    num_tokens = row_of_slot_S.shape[0] // top_k
     expert_plan = ExpertPlan(
-        num_rows // top_k, top_k, num_experts, slot_of_row_S, row_of_slot_S, token_of_row_S, row_fence_F, sentinels
+        num_tokens, top_k, num_experts, slot_of_row_S, row_of_slot_S, token_of_row_S, row_fence_F, sentinels
     )
     if tile is None:
         return Products.of(expert_plan, pick_tile(num_rows, num_experts, weight_EYX.dtype, weight_EYX.device))

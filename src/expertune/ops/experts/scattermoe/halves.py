@@ -109,7 +109,7 @@ def _function_backward(
     dp_S = (da_SI.float() * a_SI.detach()).sum(dim=-1)
     if plan.has_sentinels:
         dp_S = dp_S.masked_fill(plan.sentinel_rows().squeeze(1), 0)
-    dweights_TK = dp_S[plan.row_of_slot_S].view_as(weights_TK).to(weights_TK.dtype)
+    dweights_TK = plan.to_slots(dp_S).view_as(weights_TK).to(weights_TK.dtype)
     return dense(dh_SJ), dense(a_SI.detach()), dweights_TK
 
 

@@ -38,7 +38,12 @@ def at_home(rows: Tensor) -> Iterator[None]:
 
 
 def build_plan_and_tables(
-    expert_ids_TK: Tensor, projection: ExpertProjection, *, sentinels: bool = False, tile: LinearTile | None = None
+    expert_ids_TK: Tensor,
+    projection: ExpertProjection,
+    *,
+    sentinels: bool = False,
+    num_live_rows: int | None = None,
+    tile: LinearTile | None = None,
 ) -> ExpertPlan:
     """`build_plan` with the tables that `scattermoe_expert_mlp` and `pieces` read, all in two launches on a GPU.
 
@@ -49,9 +54,10 @@ def build_plan_and_tables(
     check_dtype("projection.weight_EYX", weight_EYX)
     num_experts = weight_EYX.shape[0]
     if torch.compiler.is_compiling():
-        return build_plan(expert_ids_TK, num_experts, sentinels=sentinels)
+        return build_plan(expert_ids_TK, num_experts, sentinels=sentinels, num_live_rows=num_live_rows)
     tile = tile or pick_tile(expert_ids_TK.numel(), num_experts, weight_EYX.dtype, weight_EYX.device)
-    return build_plan(expert_ids_TK, num_experts, sentinels=sentinels, table_rows=(tile.rows, CHUNK_ROWS))
+    rows = tile.rows, CHUNK_ROWS
+    return build_plan(expert_ids_TK, num_experts, sentinels=sentinels, num_live_rows=num_live_rows, table_rows=rows)
 
 
 class Grads(NamedTuple):
@@ -172,7 +178,7 @@ def bias_part(dy_TH: Tensor, bias_EH: Tensor, plan: ExpertPlan) -> Tensor:
     dp_S = (dy_TH[plan.token_of_row_S].float() * bias_EH[plan.expert_of_row()]).sum(dim=-1)
     if plan.has_sentinels:
         dp_S = dp_S.masked_fill(plan.sentinel_rows().squeeze(1), 0)
-    return dp_S[plan.row_of_slot_S].view(plan.num_tokens, plan.top_k)
+    return plan.to_slots(dp_S).view(plan.num_tokens, plan.top_k)
 
 
 def packed(projection: ExpertProjection) -> PackedLora | None:

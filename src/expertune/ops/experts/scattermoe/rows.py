@@ -79,7 +79,8 @@ _row_dots = Launcher(_row_dots_kernel)
 
 def launch_row_dots(left_SX: Tensor, x_NX: Tensor, row_index_S: Tensor | None, plan: ExpertPlan) -> Tensor:
     """<left_s, x_r(s)> in slot order: [T, K] fp32, zero for a sentinel slot. Both of dense rows."""
-    dots_TK = left_SX.new_empty(plan.num_tokens, plan.top_k, dtype=torch.float32)
+    new = left_SX.new_zeros if plan.has_sentinels else left_SX.new_empty
+    dots_TK = new(plan.num_tokens, plan.top_k, dtype=torch.float32)
     if plan.num_rows:
         width = left_SX.shape[1]
         block = min(TILE.columns, next_power_of_2(width))

@@ -1,0 +1,254 @@
+"""The training step of Qwen3-30B-A3B's layers in several processes: tokens/s of each GPU beside one GPU alone.
+
+    torchrun --nproc-per-node 1 benchmarks/expert_parallel.py --out EP.csv          # the same line with 2 and with 4
+    torchrun --nproc-per-node 4 benchmarks/expert_parallel.py --out EP.csv --shard 2      # experts 2 x shards 2
+    torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --tiny          # a toy on the CPU
+
+Weak scaling: every process has T tokens of its own, whatever their number. Random bf16 weights, made where they lie;
+adapters of rank 16 on attention and every expert, fp32, AdamW; bf16 autocast, sdpa, non-reentrant checkpointing unless
+--no-checkpointing; TRL's chunked head. A step is forward, backward, the sums of gradients, clipping, AdamW; it is timed
+from a barrier to the device's end, and the slowest process's time counts. `max_pairs_share`: of the (token, expert)
+pairs of a layer, what the busiest process has, times their number: 1 if all have the same, in the worst layer.
+
+The row is appended to the CSV. `ratio_to_one` compares with the row of one process, the same layers, tokens and
+options, that the CSV has from before.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from trl.trainer.utils import add_fused_lm_head
+
+import expertune
+from environment import environment
+from expertune.distributed.gradients import clip_gradients, synchronise_gradients
+from expertune.distributed.mesh import ParallelMesh, join_mesh, leave_mesh
+from expertune.distributed.parameters import ShardedParameter
+from expertune.distributed.sizes import ParallelSizes
+from expertune.integrations import sharded_model
+from expertune.layers.backends import pick_backend
+from expertune.layers.layout import is_experts_module
+from train_step import QWEN3_30B_A3B, RANK, TINY
+
+WARM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured."""
+
+    layers: int
+    tokens: int
+    rows: int
+    shard: int
+    backend: str
+    checkpointing: bool
+    steps: int
+    tiny: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.tiny else torch.bfloat16
+
+
+def random_parts(
+    model: nn.Module, _base: str, dtype: torch.dtype, device: torch.device, _own: range, _num_experts: int
+) -> Iterator[set[str]]:
+    """Random weights, layer by layer; of layers that all have, the same in every process."""
+    parts: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        parts.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "", []).append(name)
+    for seed, names in enumerate(parts.values()):
+        for name in names:
+            owner_name, _, own = name.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            is_experts = is_experts_module(owner)
+            first_expert = _own.start if is_experts else 0
+            generator = torch.Generator(device).manual_seed(1000 * seed + first_expert)
+            shape = owner._parameters[own].shape
+            value = torch.empty(shape, dtype=dtype, device=device)
+            if len(shape) == 1:
+                value.fill_(1.0)
+            else:
+                value.normal_(0, 0.02, generator=generator)
+            owner._parameters[own] = nn.Parameter(value, requires_grad=False)
+        yield set(names)
+
+
+def build(setting: Setting, mesh: ParallelMesh, device: torch.device) -> tuple[Any, list[ShardedParameter]]:
+    sizes = TINY if setting.tiny else QWEN3_30B_A3B
+    options = {"experts_implementation": setting.backend, "attn_implementation": "sdpa"}
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen3MoeConfig(**sizes, num_hidden_layers=setting.layers).save_pretrained(folder)
+        model = sharded_model.build_skeleton(folder, setting.dtype, **options)
+        torch.manual_seed(0)
+        lora = LoraConfig(
+            r=RANK,
+            lora_alpha=2 * RANK,
+            target_modules=expertune.get_attention_modules(model),
+            target_parameters=expertune.get_target_parameters(model),
+        )
+        model = get_peft_model(model, lora)
+        parameters = sharded_model.spread_model(
+            model, folder, setting.dtype, mesh, device, fill=random_parts, **options
+        )
+    add_fused_lm_head(model.get_base_model())
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train(), parameters
+
+
+def random_batch(setting: Setting, vocab: int, step: int, device: torch.device) -> Tensor:
+    """Tokens [rows, tokens / rows], of this process and step alone."""
+    generator = torch.Generator(device).manual_seed(1 + step * 1000 + dist.get_rank())
+    shape = (setting.rows, setting.tokens // setting.rows)
+    return torch.randint(0, vocab, shape, device=device, generator=generator)
+
+
+def busiest_share(model: nn.Module, ids: Tensor, sizes: ParallelSizes) -> float:
+    """What the busiest process of the expert axis has of a layer's (token, expert) pairs, times their number."""
+    counts: list[Tensor] = []
+
+    def count(module: Any, _inputs: Any, outputs: Any) -> None:
+        owners = outputs[2].flatten() // (module.num_experts // sizes.expert)
+        counts.append(torch.bincount(owners, minlength=sizes.expert))
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
+    for hook in hooks:
+        hook.remove()
+    stacked = torch.stack(counts).float()
+    dist.all_reduce(stacked)
+    return float((stacked.amax(1) / stacked.mean(1)).max())
+
+
+def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[str, Any]:
+    model, parameters = build(setting, mesh, device)
+    vocab = model.config.vocab_size
+    optimizer = torch.optim.AdamW([each.parameter for each in parameters], lr=1e-4, fused=True)
+    seconds, losses = [], []
+    for step in range(WARM_STEPS + setting.steps):
+        ids = random_batch(setting, vocab, step, device)
+        mesh.wire(None, "the benchmark").barrier("the start of a step")
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            if step == WARM_STEPS:
+                torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=not setting.tiny):
+            log_probs = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True).log_probs
+        loss = -log_probs.sum() / ids[:, 1:].numel()
+        loss.backward()
+        synchronise_gradients(parameters, mesh)
+        clip_gradients(parameters, 1.0, mesh)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        slowest = torch.tensor([time.perf_counter() - start], device=device)
+        seconds.append(float(mesh.wire(None, "the benchmark").maximum(slowest, "the end of a step")))
+        mean = mesh.wire(None, "the benchmark").sum(loss.detach().float().view(1), "the loss", wait=True)
+        losses.append(float(mean) / mesh.sizes.world)
+    peak = torch.tensor([torch.cuda.max_memory_allocated() if device.type == "cuda" else 0], device=device)
+    peak_bytes = int(mesh.wire(None, "the benchmark").maximum(peak, "peak memory"))
+    share = busiest_share(model, random_batch(setting, vocab, 0, device), mesh.sizes)
+    p20, p50, p80 = (1000 * q for q in statistics.quantiles(seconds[WARM_STEPS:], n=10)[1:8:3])
+    sizes = mesh.sizes
+    return {
+        "processes": sizes.world, "expert_parallel_size": sizes.expert, "dp_shard_size": sizes.shard,
+        "dp_replicate_size": sizes.replicate, "layers": setting.layers, "tokens_per_gpu": setting.tokens,
+        "rank": RANK, "backend": setting.backend, "checkpointing": setting.checkpointing, "num_steps": setting.steps,
+        "p20_ms": round(p20, 1), "p50_ms": round(p50, 1), "p80_ms": round(p80, 1),
+        "tokens_per_s_per_gpu": round(1000 * setting.tokens / p50), "first_step_s": round(seconds[0], 2),
+        "peak_gib_per_gpu": round(peak_bytes / 2**30, 2), "max_pairs_share": round(share, 3),
+        "first_loss": f"{losses[0]:.6f}", "last_loss": f"{losses[-1]:.6f}",
+    }  # fmt: skip
+
+
+SAME = ("layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "device")
+
+
+def append(row: dict[str, Any], output: Path) -> None:
+    """Add the row, with its ratio to the row of one process that the file has."""
+    rows: list[dict[str, Any]] = []
+    if output.is_file():
+        with output.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    ones = [
+        float(each["tokens_per_s_per_gpu"])
+        for each in [*rows, row]
+        if str(each["processes"]) == "1" and all(str(each[name]) == str(row[name]) for name in SAME)
+    ]
+    row["ratio_to_one"] = f"{row['tokens_per_s_per_gpu'] / ones[-1]:.3f}" if ones else ""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerows([*rows, row])
+
+
+def versions() -> dict[str, str]:
+    triton = sys.modules.get("triton")
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else ""
+    return {"triton": getattr(triton, "__version__", ""), "nccl": nccl} | environment()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tokens/s of each GPU in several processes.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=8192, help="of each process in a step")
+    parser.add_argument("--rows", type=int, default=2, help="sequences that these tokens make")
+    parser.add_argument("--shard", type=int, default=1, help="dp_shard_size; the other processes share the experts")
+    parser.add_argument("--replicate", type=int, default=1, help="dp_replicate_size")
+    parser.add_argument("--backend", help="of the experts (default: the best that runs)")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--steps", type=int, default=10, help="that count")
+    parser.add_argument("--tiny", action="store_true", help="a toy on the CPU in fp32")
+    arguments = parser.parse_args()
+    if not (arguments.tiny or torch.cuda.is_available()):
+        parser.error("no GPU: only --tiny runs here")
+    world = int(os.environ["WORLD_SIZE"])
+    device = torch.device("cpu") if arguments.tiny else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if not arguments.tiny:
+        torch.cuda.set_device(device)
+    sizes = ParallelSizes(world // (arguments.shard * arguments.replicate), arguments.shard, arguments.replicate)
+    if sizes.world != world:
+        parser.error(f"{sizes.arithmetic()}, and there are {world} processes")
+    setting = Setting(
+        layers=2 if arguments.tiny else arguments.layers,
+        tokens=64 if arguments.tiny else arguments.tokens,
+        rows=arguments.rows,
+        shard=arguments.shard,
+        backend=arguments.backend or pick_backend(device.type),
+        checkpointing=not arguments.no_checkpointing,
+        steps=arguments.steps,
+        tiny=arguments.tiny,
+    )
+    mesh = join_mesh(sizes, device.type, timeout_s=300)
+    row = measure(setting, mesh, device)
+    if mesh.is_first:
+        row |= versions()
+        append(row, arguments.out)
+        print(json.dumps(row, indent=1))
+    leave_mesh()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Several processes as one: device mesh, tokens moved to their experts, sharding, saving (docs/distributed.md)."""

@@ -1,0 +1,192 @@
+"""Tokens to the processes that own their experts, and the results back: two all-to-alls with autograd.
+
+Experts are dealt out in blocks: of N processes, number n owns experts n E/N to (n + 1) E/N - 1. With p the routing
+weights of token t and e its experts:
+
+    y_t = sum over n of  [ sum over the k with e_tk on process n of  p_tk expert(e_tk, x_t) ]
+
+The inner sum is what the local backend computes anyway. So a token travels once to each process that has any of its
+experts, not once for each expert (K = 8 of 128 experts on 2 processes: 2 rows, not 8), with its K expert ids (local;
+-1, a sentinel, where another process has that expert) and its K routing weights; and one partial sum comes back.
+No token is dropped and no buffer is padded: the sizes are exchanged first, which the host waits for.
+
+Backward is the mirror image: dy goes out as x did and dx and dp come back, each once for each process of a token.
+Partial sums are added in fp32 and in process order, so a run repeats bit for bit.
+
+4 tokens, 4 experts, 2 processes, K = 2; process 0 has tokens 0 and 1:
+    token 0: experts 0 1     goes to process 0 with ids 0 1
+    token 1: experts 1 3     goes to process 0 with ids 1 -1 and to process 1 with ids -1 1
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from expertune.distributed.collectives import Wire
+from expertune.ops.plan import ExpertPlan
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """The experts of one layer that this process owns.
+
+    wire: the processes that share the layer's experts. index: this one's place among them. num_local: experts each.
+    """
+
+    wire: Wire
+    index: int
+    num_local: int
+
+    @property
+    def experts(self) -> range:
+        """The ids of this process's experts in the whole layer."""
+        return range(self.index * self.num_local, (self.index + 1) * self.num_local)
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Which tokens of this process go where, and how many rows come from where.
+
+    token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
+    sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
+    send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
+    """
+
+    wire: Wire
+    token_of_row_P: Tensor
+    sums: ExpertPlan
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+    num_pairs: int
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """The rows that reached this process, for its own experts.
+
+    x_RH: [R, H]. expert_ids_RK: [R, K] int64, ids of this process's experts, -1 where another process has the expert.
+    weights_RK: [R, K], the routing weights; those of sentinels count for nothing.
+    """
+
+    trip: Trip
+    x_RH: Tensor
+    expert_ids_RK: Tensor
+    weights_RK: Tensor
+
+
+def send_to_experts(x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: ExpertShard) -> Arrived:
+    """Send each token to the processes that own its experts.
+
+    x_TH: [T, H]. expert_ids_TK: [T, K] integer, ids in the whole layer. weights_TK: [T, K]. T may be 0, on any process.
+    Every process of the group must call it. Gradients flow to x and to the weights.
+    Raises CollectiveError if a process does not take part in time, ValueError for an id that no process owns.
+    """
+    trip, ids_PK = _plan_trip(expert_ids_TK, shard)
+    x_RH, weights_RK, ids_RK = _ToExperts.apply(trip, ids_PK, x_TH, weights_TK)
+    return Arrived(trip, x_RH, ids_RK, weights_RK)
+
+
+def return_from_experts(y_RH: Tensor, arrived: Arrived) -> Tensor:
+    """Send the experts' results [R, H] home and add up those of each token: [T, H] in the dtype of `y_RH`."""
+    return _FromExperts.apply(arrived.trip, y_RH)
+
+
+def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[Trip, Tensor]:
+    """The trip, and the local expert ids [P, K] int32 of the rows that are sent."""
+    num_tokens, num_owners = expert_ids_TK.shape[0], shard.wire.size
+    owner_TK = expert_ids_TK.div(shard.num_local, rounding_mode="floor")
+    if not owner_TK.is_cuda and num_tokens and not 0 <= int(owner_TK.min()) <= int(owner_TK.max()) < num_owners:
+        raise ValueError(
+            f"expert_ids_TK: ids span {int(expert_ids_TK.min())} to {int(expert_ids_TK.max())}, need 0 to "
+            f"{num_owners * shard.num_local - 1}"
+        )
+    pairs_TN = torch.zeros(num_tokens, num_owners, dtype=torch.int64, device=owner_TK.device)
+    pairs_TN.scatter_add_(1, owner_TK, torch.ones_like(owner_TK))
+    goes_TN = pairs_TN > 0
+    # All that does not need the sizes comes before the wait for them, after which the device has nothing else to do.
+    goes_M = goes_TN.T.reshape(-1)  # by destination, then by token
+    num_most = goes_M.numel()
+    # Where each that goes lands; all others share a place behind the end. (torch.nonzero would wait once more.)
+    place_M = torch.where(goes_M, goes_M.cumsum(0) - 1, num_most)
+    index_M = torch.arange(num_most, device=goes_M.device)
+    index_M = index_M.new_zeros(num_most + 1).scatter_(0, place_M, index_M)[:num_most]
+    token_M, owner_M = index_M % max(num_tokens, 1), index_M // max(num_tokens, 1)
+    ids_MK = expert_ids_TK[token_M] - (owner_M * shard.num_local).unsqueeze(1)
+    ids_MK = torch.where((ids_MK >= 0) & (ids_MK < shard.num_local), ids_MK, -1).to(torch.int32)
+    slot_M = token_M * num_owners + owner_M
+    row_of_slot_M = place_M.view(num_owners, num_tokens).T.reshape(-1)
+    fence = F.pad(goes_M.sum().to(torch.int32).view(1), (1, 0))
+    counts_N2 = torch.stack((goes_TN.sum(0), pairs_TN.sum(0)), dim=1)
+    sent, received = shard.wire.exchange_counts(counts_N2, "exchange of the dispatch's sizes")
+    send, receive = (tuple(rows for rows, _ in half) for half in (sent, received))
+    token_P, slot_P = token_M[: sum(send)], slot_M[: sum(send)]
+    sums = ExpertPlan(num_tokens, num_owners, 1, slot_P, row_of_slot_M, token_P, fence, has_sentinels=True)
+    num_pairs = sum(pairs for _, pairs in received)
+    return Trip(shard.wire, token_P, sums, send, receive, num_pairs), ids_MK[: sum(send)]
+
+
+def _add_up(rows_PX: Tensor, trip: Trip) -> Tensor:
+    """The rows of each token added in fp32 and in process order: [T, X] in the dtype of the rows."""
+    plan = trip.sums
+    if rows_PX.is_cuda and rows_PX.dtype != torch.float64 and _has_triton():
+        from expertune.ops.experts.scattermoe.combine import combine
+
+        return combine(rows_PX, None, plan)
+    rows_TNX = plan.to_slots(rows_PX).unflatten(0, (plan.num_tokens, plan.top_k))
+    return rows_TNX.sum(1, dtype=torch.promote_types(rows_PX.dtype, torch.float32)).to(rows_PX.dtype)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+class _ToExperts(torch.autograd.Function):
+    """Inputs: the trip, ids [P, K] int32, x [T, H], weights [T, K]. Ids and weights share a message, bit for bit."""
+
+    @staticmethod
+    def forward(ctx, trip, ids_PK, x_TH, weights_TK):  # type: ignore[no-untyped-def]
+        ctx.trip = trip
+        wire, rows, top_k = trip.wire, trip.token_of_row_P, ids_PK.shape[1]
+        wide = torch.promote_types(weights_TK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
+        packed_P = torch.cat((ids_PK, weights_TK[rows].to(wide).view(torch.int32)), dim=1)
+        packed_R = wire.exchange_rows(packed_P, trip.send, trip.receive, "sending expert ids and routing weights")
+        x_RH = wire.exchange_rows(x_TH[rows], trip.send, trip.receive, "sending tokens")
+        ids_RK = packed_R[:, :top_k].to(torch.int64)
+        weights_RK = packed_R[:, top_k:].contiguous().view(wide).to(weights_TK.dtype)
+        ctx.mark_non_differentiable(ids_RK)
+        return x_RH, weights_RK, ids_RK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_RH, dweights_RK, _):  # type: ignore[no-untyped-def]
+        trip, (_, _, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
+        dx_TH = dweights_TK = None
+        if need_x:
+            dx_PH = trip.wire.exchange_rows(dx_RH, trip.receive, trip.send, "returning gradients of tokens")
+            dx_TH = _add_up(dx_PH, trip)
+        if need_weights:
+            what = "returning gradients of routing weights"
+            dweights_TK = _add_up(trip.wire.exchange_rows(dweights_RK, trip.receive, trip.send, what), trip)
+        return None, None, dx_TH, dweights_TK
+
+
+class _FromExperts(torch.autograd.Function):
+    """Inputs: the trip, y [R, H]."""
+
+    @staticmethod
+    def forward(ctx, trip, y_RH):  # type: ignore[no-untyped-def]
+        ctx.trip = trip
+        return _add_up(trip.wire.exchange_rows(y_RH, trip.receive, trip.send, "returning results"), trip)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TH):  # type: ignore[no-untyped-def]
+        trip = ctx.trip
+        rows_PH = dy_TH[trip.token_of_row_P]
+        return None, trip.wire.exchange_rows(rows_PH, trip.send, trip.receive, "sending gradients of results")

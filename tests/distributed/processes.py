@@ -1,0 +1,98 @@
+"""Real processes for the tests: gloo, started once for each number of them and used for many cases."""
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from expertune.distributed.mesh import leave_mesh
+
+PRELOADED = ["tests.distributed.runs", "tests.distributed.test_dispatch", "expertune.train.run"]
+
+
+class Crew:
+    """`size` processes that wait for a function to run together; each knows its rank by torchrun's variables."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)  # imported once, not by each process
+        self.ends: list[Connection] = []
+        self.processes: list[SpawnProcess] = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(rank, size, there), daemon=True)
+            process.start()
+            self.ends.append(here)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
+        """Run `function(*args)` in every process; the results by rank. Raises what a process raised, as text."""
+        port = free_port()  # a new one: who joins again must not meet the store that others are leaving
+        for end in self.ends:
+            end.send((function, args, port))
+        results, problems = [], []
+        for rank, end in enumerate(self.ends):
+            if not end.poll(timeout_s):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {self.size} did not finish {function.__name__} in {timeout_s} s")
+            worked, value = end.recv()
+            results.append(value)
+            if not worked:
+                problems.append(f"rank {rank}:\n{value}")
+        if problems:
+            raise AssertionError("\n".join(problems))
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def _work(rank: int, size: int, end: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        function, args, port = end.recv()
+        os.environ |= torchrun_variables(rank, size, port)
+        try:
+            end.send((True, function(*args)))
+        except BaseException:
+            end.send((False, traceback.format_exc()))
+            sys.stdout.flush()
+        leave_mesh()  # torch remembers meshes by their shape: groups get the same names each time one is laid out
+
+
+def torchrun_variables(rank: int, size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def crew(size: int) -> Iterator[Crew]:
+    started = Crew(size)
+    try:
+        yield started
+    finally:
+        started.close()

@@ -1,0 +1,41 @@
+"""The benchmark of several processes runs in its tiny form."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertune.distributed.mesh import join_mesh
+from expertune.distributed.sizes import ParallelSizes
+from tests.distributed.processes import Crew
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def measure(sizes: ParallelSizes) -> dict[str, Any]:
+    sys.path.insert(0, str(BENCHMARKS))
+    import expert_parallel
+
+    setting = expert_parallel.Setting(
+        layers=2, tokens=64, rows=2, shard=sizes.shard, backend="torch_grouped", checkpointing=True, steps=2, tiny=True
+    )
+    return expert_parallel.measure(setting, join_mesh(sizes, "cpu", timeout_s=30), torch.device("cpu"))
+
+
+def test_it_measures_and_compares_with_one_process(two: Crew, tmp_path: Path) -> None:
+    row, other = two.run(measure, ParallelSizes(expert=2))
+    assert row["tokens_per_s_per_gpu"] == other["tokens_per_s_per_gpu"], "the slowest process counts in all"
+    assert 1.0 <= row["max_pairs_share"] <= 2.0
+    assert float(row["last_loss"]) < float(row["first_loss"]) + 0.1
+    sys.path.insert(0, str(BENCHMARKS))
+    import expert_parallel
+
+    output = tmp_path / "ep.csv"
+    one = row | {"processes": 1, "tokens_per_s_per_gpu": 2 * row["tokens_per_s_per_gpu"], "device": "a"}
+    expert_parallel.append(one, output)
+    expert_parallel.append(row | {"device": "a"}, output)
+    expert_parallel.append(row | {"device": "b"}, output)
+    with output.open(newline="") as file:
+        assert [each["ratio_to_one"] for each in csv.DictReader(file)] == ["1.000", "0.500", ""]
