@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import expertune
 from expertune.errors import ConfigError, UnsupportedModelError
 from expertune.integrations.targets import doubled_ranks
+from expertune.layers.backends import SONICMOE, SONICMOE_ADAPTERS
 from expertune.train.config import TrainConfig
 from expertune.train.config.problems import nearest
 from expertune.train.data import CHATML, CHATML_TOKENS
@@ -73,7 +74,7 @@ def load_model(config: TrainConfig, *, dtype: torch.dtype | str | None = None) -
     load = partial(AutoModelForCausalLM.from_pretrained, config.base_model, **kwargs)
     with naming("base_model", config.base_model):
         try:
-            model, loading = load(experts_implementation=config.experts_implementation)
+            model, loading = load(experts_implementation=_experts_name(config))
         except UnsupportedModelError as error:
             if config.lora_target_parameters != []:
                 raise ConfigError(
@@ -87,6 +88,12 @@ def load_model(config: TrainConfig, *, dtype: torch.dtype | str | None = None) -
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _experts_name(config: TrainConfig) -> str:
+    """What the experts are called in Transformers' interface: sonicmoe has a name for each way of its own."""
+    name, adapter = config.experts_implementation, config.sonicmoe_lora
+    return next((each for each, way in SONICMOE_ADAPTERS.items() if name == SONICMOE and way == adapter), name)
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
