@@ -4,8 +4,8 @@ Transformers takes any registered `experts_implementation` for any model, and a 
 its decorator (Llama 4, DBRX, Switch, ...) never looks at it. A model without experts is only warned about, for there
 the name has nothing to change.
 
-So is sonicmoe where the machine cannot run it: at that point nothing has been downloaded. The other backends fail in the
-first forward, for their models may be built on one machine, or device, and run on another.
+So is sonicmoe where the machine cannot run it: at that point nothing has been downloaded. The other backends fail in
+the first forward, for their models may be built on one machine, or device, and run on another.
 """
 
 import re
@@ -78,7 +78,7 @@ def refuse_if_ignored(model_class: type[nn.Module], implementation: object) -> N
 def refuse_if_it_cannot_run(implementation: object) -> None:
     """Raise BackendError, naming what is needed and what is there, if sonicmoe was asked for and cannot run here."""
     name = _our_name(implementation)
-    reason = unavailable_reason(name) if name in SONICMOE_ADAPTERS else None
+    reason = unavailable_reason(name) if name is not None and name in SONICMOE_ADAPTERS else None
     if reason is not None:
         raise BackendError(f"experts_implementation={name!r}: {reason}")
 

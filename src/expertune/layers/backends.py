@@ -28,7 +28,7 @@ class Backend:
     """One way to compute the experts.
 
     name: as in `experts_implementation`. summary: one line for `expertune doctor`.
-    min_capability: the CUDA capability it needs, None for any device. needs_triton: whether it needs Triton, with gluon.
+    min_capability: the CUDA capability it needs, None for any device. needs_triton: Triton, with gluon.
     released: whether this version contains it.
     """
 
@@ -94,8 +94,8 @@ def note_about(name: str) -> str | None:
     if major == 9:
         return None
     return (
-        f"its Hopper kernel does not run on {torch.cuda.get_device_name()} ({major}.{minor}): scattermoe's kernels run, "
-        "which were not measured there"
+        f"its Hopper kernel does not run on {torch.cuda.get_device_name()} ({major}.{minor}): scattermoe's kernels "
+        "run, which were not measured there"
     )
 
 

@@ -3,8 +3,8 @@
     W_eff[e] = W[e] + s B[e] A[e]              formed in fp32, rounded once to the dtype of W, with the strides of W
     dA[e] = s B[e]^T dW[e]      dB[e] = s dW[e] A[e]^T      dW of W_eff; sums in fp32, an expert without rows gets zeros
 
-FLOPs: 2 E Y X R forward, 4 E Y X R backward, beside a dense dW, 2 S Y X. Bytes: W read and W_eff written, dW read: E Y X
-values each, whatever the number of tokens. Saved for the backward: A and B; W_eff is what the products save. fp32
+FLOPs: 2 E Y X R forward, 4 E Y X R backward, beside a dense dW, 2 S Y X. Bytes: W read, W_eff written, dW read, E Y X
+values each, however few tokens there are. Saved for the backward: A and B; W_eff is what the products save. fp32
 copies are of a few experts at a time, never of the whole weight.
 """
 
