@@ -31,6 +31,9 @@ from tests.tiny import VOCAB, tiny_config, tiny_model, with_adapter
 BOTH = ("sonicmoe", "sonicmoe_materialize")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_DEVICE = [pytest.mark.gpu] if DEVICE == "cuda" else []
+TOO_OLD = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="a GPU of compute capability 9 is needed"
+)
 
 
 @pytest.fixture
@@ -44,8 +47,8 @@ def it_can_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def on_device(test: Callable[..., None]) -> Callable[..., None]:
-    """In the interpreter here, compiled on a GPU."""
-    for mark in (pytest.mark.usefixtures("it_can_run", "nan_filled_memory"), *ON_DEVICE):
+    """In the interpreter here, compiled on a Hopper GPU."""
+    for mark in (pytest.mark.usefixtures("it_can_run"), TOO_OLD, *ON_DEVICE):
         test = mark(test)
     return test
 
@@ -76,6 +79,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @on_device
+@pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("implementation", BOTH)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
 def test_loss_and_gradients_equal_eager(name: str, implementation: str, ways: list[str]) -> None:
@@ -85,6 +89,7 @@ def test_loss_and_gradients_equal_eager(name: str, implementation: str, ways: li
 
 
 @on_device
+@pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("implementation", BOTH)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_without_adapters_it_is_the_models_own_gate(name: str, implementation: str) -> None:
@@ -93,6 +98,7 @@ def test_without_adapters_it_is_the_models_own_gate(name: str, implementation: s
 
 
 @on_device
+@pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("implementation", BOTH)
 @pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
 def test_one_sided_adapters(projection: str, implementation: str) -> None:
@@ -105,6 +111,7 @@ def test_one_sided_adapters(projection: str, implementation: str) -> None:
 
 
 @on_device
+@pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("implementation", BOTH)
 def test_a_layer_in_pieces(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folds: list[int] = []
@@ -150,6 +157,7 @@ def test_it_is_part_of_one_graph(implementation: str) -> None:
 
 
 @on_device
+@pytest.mark.usefixtures("nan_filled_memory")
 @pytest.mark.parametrize("backend", BOTH)
 def test_a_block_runs_on_it(backend: str, ways: list[str]) -> None:
     torch.manual_seed(0)
