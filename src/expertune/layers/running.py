@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from expertune.errors import BackendError
-from expertune.layers.backends import AUTO, SONICMOE_ADAPTERS, TORCH_GROUPED, pick_backend, unavailable_reason
+from expertune.layers.backends import (
+    AUTO,
+    SONICMOE,
+    SONICMOE_MATERIALIZE,
+    TORCH_GROUPED,
+    pick_backend,
+    unavailable_reason,
+)
 from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.experts.torch_grouped import grouped_expert_mlp
 from expertune.ops.experts.types import Activation, ExpertProjection
@@ -58,10 +65,10 @@ def run_expert_mlp(
     """
     if backend == TORCH_GROUPED:
         return _grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
-    if backend in SONICMOE_ADAPTERS:
-        from expertune.ops.experts.sonicmoe.mlp import sonicmoe_expert_mlp
+    if backend in (SONICMOE, SONICMOE_MATERIALIZE):
+        from expertune.ops.experts.sonicmoe.mlp import Adapter, sonicmoe_expert_mlp
 
-        adapter = SONICMOE_ADAPTERS[backend]
+        adapter: Adapter = "materialize" if backend == SONICMOE_MATERIALIZE else "low_rank"
         return sonicmoe_expert_mlp(x_TH, weights_TK, plan, up, down, activation, adapter=adapter, tile=tile)
     from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
 

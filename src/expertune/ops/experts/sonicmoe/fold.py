@@ -9,7 +9,6 @@ copies are of a few experts at a time, never of the whole weight.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ def fold_projection(projection: ExpertProjection) -> ExpertProjection:
     """
     if projection.lora is None:
         return projection
-    return replace(projection, weight_EYX=fold(projection.weight_EYX, projection.lora), lora=None)
+    return ExpertProjection(fold(projection.weight_EYX, projection.lora), projection.bias_EY)
 
 
 def fold(weight_EYX: Tensor, lora: ExpertLora) -> Tensor:

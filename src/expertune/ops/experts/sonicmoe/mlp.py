@@ -10,7 +10,7 @@ that does not take (`hopper.takes`: other GPUs, fp32, odd widths, ranks above 64
 `scattermoe.linear`, to the same bits. Which of them ran is in a launch's record: "hopper_linear" or "expert_linear".
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from expertune.ops.experts.types import Activation, ExpertProjection
 from expertune.ops.plan import ExpertPlan
 
 Adapter = Literal["low_rank", "materialize"]
+ADAPTERS: tuple[Adapter, ...] = ("low_rank", "materialize")
 
 
 def sonicmoe_expert_mlp(
@@ -43,8 +44,8 @@ def sonicmoe_expert_mlp(
     dA and dB, in fp32 from a dW in the base's dtype. low_rank is deterministic, also bit for bit.
     Raises ValueError, naming the argument, if arguments do not belong together.
     """
-    if adapter not in get_args(Adapter):
-        raise ValueError(f"adapter: got {adapter!r}, need one of {', '.join(get_args(Adapter))}")
+    if adapter not in ADAPTERS:
+        raise ValueError(f"adapter: got {adapter!r}, need one of {', '.join(ADAPTERS)}")
     if adapter == "materialize":
         check_expert_mlp(x_TH, weights_TK, plan, up, down)
         up, down = fold_projection(up), fold_projection(down)
