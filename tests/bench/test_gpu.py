@@ -20,7 +20,7 @@ CASE = Case(ExpertShape("small", 16, 512, 256, 4), 1024, 16, "zipf")
 
 def test_every_way_that_needs_no_rival_package_is_right_and_timed() -> None:
     device, timer = find_gpu()
-    ways = [way for way in WAYS if not way.name.startswith("axolotl")]
+    ways = [way for way in WAYS if not way.name.startswith(("axolotl", "sonic-moe"))]
     problem = draw_problem(CASE, seed=0, device=device)
     for result in measure(problem, ways, timer, repeats=5, tell=print):
         assert result.status == "ok", f"{result.way}: {result.note}"

@@ -12,9 +12,12 @@ from expertune.ops.experts.reference import reference_expert_mlp
 from tests.bench.conftest import tiny_problem
 from tests.comparing import FLOOR
 
-IN_THE_INTERPRETER = pytest.param(
-    "scattermoe", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off beside a GPU")
-)
+IN_THE_INTERPRETER = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off beside a GPU")
+    )
+    for name in ("scattermoe", "sonicmoe", "sonicmoe, materialized")
+]
 ON_ANY_DEVICE = ("torch_grouped", "split on grouped_mm", "peft fold + grouped_mm")
 
 
@@ -43,7 +46,7 @@ def test_the_truth_of_an_expert_without_rows_is_zero() -> None:
     assert [bool(da_up[expert].any()) for expert in range(5)] == [False, True, False, False, True]
 
 
-@pytest.mark.parametrize("name", [*ON_ANY_DEVICE, IN_THE_INTERPRETER])
+@pytest.mark.parametrize("name", [*ON_ANY_DEVICE, *IN_THE_INTERPRETER])
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_a_way_agrees_with_the_truth(name: str, problem: Problem) -> None:
     base = problem.gate_up_EJH.clone(), problem.down_EHI.clone()

@@ -115,6 +115,16 @@ def test_the_json_schema_is_json() -> None:
     assert {key.path for key in iter_keys() if "." not in key.path} == set(schema["properties"])
 
 
+def test_doctor_says_what_sonicmoe_runs_off_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    import expertune.cli.doctor as doctor
+
+    monkeypatch.setattr(doctor, "unavailable_reason", lambda _: None)
+    monkeypatch.setattr(doctor, "note_about", lambda name: "a note" if name == "sonicmoe" else None)
+    output = call("doctor", columns=300).output
+    assert re.search(r"│ sonicmoe +│ yes +│ kernels for Hopper, adapters in their accumulator; a note", output)
+    assert output.count("a note") == 1
+
+
 def test_doctor_names_every_backend_and_why_one_cannot_run() -> None:
     result = call("doctor", columns=300)
     assert result.exit_code == 0

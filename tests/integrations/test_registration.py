@@ -27,6 +27,14 @@ import expertune
 assert {"expertune", "torch_grouped"} <= set(ALL_EXPERTS_FUNCTIONS.valid_keys())
 assert hasattr(ParamWrapper._activate_lora, "expertune_original")
 """,
+    "unregistered before PEFT is there": """
+import expertune
+expertune.unregister()
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from peft.tuners.lora.layer import ParamWrapper
+assert "expertune" not in ALL_EXPERTS_FUNCTIONS.valid_keys()
+assert not hasattr(ParamWrapper._activate_lora, "expertune_original")
+""",
     "peft never": """
 import sys, expertune
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -1,5 +1,10 @@
 """Targets are read from the model, and what an adapter missed is found."""
 
+from collections.abc import Callable
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 import expertune
 from expertune.errors import BackendError
 from expertune.integrations.targets import doubled_ranks, summarise_trainable
-from expertune.layers.backends import pick_backend, unavailable_reason
+from expertune.layers.backends import note_about, pick_backend, unavailable_reason
 from tests.integrations.test_architectures import MODELS, build
 from tests.tiny import tiny_model, with_adapter
 
@@ -144,7 +149,7 @@ def test_backends_say_why_they_cannot_run() -> None:
     )
     assert "compute capability 8.x" in str(unavailable_reason("scattermoe", "cpu"))
     assert pick_backend("cpu") == "torch_grouped"
-    with pytest.raises(ValueError, match="there are expertune, sonicmoe, scattermoe, torch_grouped"):
+    with pytest.raises(ValueError, match="there are expertune, scattermoe, sonicmoe, torch_grouped"):
         unavailable_reason("magic")
 
 
@@ -165,6 +170,68 @@ def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expertune.layers.backends.find_spec", lambda name: None)
     assert "needs the package triton, which is not installed" in str(unavailable_reason("scattermoe"))
     assert pick_backend("cuda") == "torch_grouped"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, tuple[int, int]], None]:
+    """Make the machine have a GPU of a name and a capability."""
+
+    def have(name: str, capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+
+    return have
+
+
+@pytest.mark.parametrize("name", ["scattermoe", "sonicmoe", "sonicmoe_materialize"])
+def test_a_triton_without_gluon_is_named(
+    name: str,
+    on_a_gpu: Callable[[str, tuple[int, int]], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_a_gpu("NVIDIA H200", (9, 0))
+    installed = {"triton": "3.6.0"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr("expertune.layers.backends.metadata.version", version)
+    assert unavailable_reason(name) is None
+    need = f"{name} needs the package triton 3.6 or newer with its gluon dialect"
+    installed["triton"] = "3.5.1"
+    assert unavailable_reason(name) == f"{need}; triton 3.5.1 is installed. Use experts_implementation: expertune"
+    assert pick_backend() == "torch_grouped"
+    del installed["triton"]
+    installed["pytorch-triton"] = "3.2.0+git0d4682f0"
+    assert "triton 3.2.0+git0d4682f0 is installed" in str(unavailable_reason(name))
+    installed["triton"] = "4.0.0"
+    spec = ModuleSpec("triton", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr("expertune.layers.backends.find_spec", lambda _: spec)
+    assert f"{need}; triton 4.0.0 is installed, without gluon for Hopper" in str(unavailable_reason(name))
+
+
+def test_auto_never_picks_what_only_a_name_should_choose(on_a_gpu: Callable[[str, tuple[int, int]], None]) -> None:
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        on_a_gpu("a GPU", capability)
+        assert pick_backend() == "scattermoe"
+
+
+def test_what_sonicmoe_does_on_a_gpu_newer_than_hopper_is_said(
+    on_a_gpu: Callable[[str, tuple[int, int]], None],
+) -> None:
+    on_a_gpu("NVIDIA H200", (9, 0))
+    assert note_about("sonicmoe") is None
+    for name, capability in (("NVIDIA B300", (10, 3)), ("NVIDIA GeForce RTX 5090", (12, 0))):
+        on_a_gpu(name, capability)
+        assert unavailable_reason("sonicmoe") is None
+        said = f"its Hopper kernel does not run on {name} ({capability[0]}.{capability[1]}): scattermoe's kernels run"
+        assert said in str(note_about("sonicmoe"))
+        assert note_about("scattermoe") is None
 
 
 def test_a_backend_that_was_asked_for_by_name_is_refused_where_it_cannot_run() -> None:

@@ -191,6 +191,15 @@ TABLE = {
     ),
     "no Hopper": _set("use_sonicmoe=true", "use_sonicmoe: sonicmoe needs Hopper", "experts_implementation: expertune"),
     "no Hopper by name": _set("experts_implementation=sonicmoe", "experts_implementation: sonicmoe needs Hopper"),
+    "a way of sonicmoe's": _set("sonicmoe_lora=fold", "sonicmoe_lora: got fold; need one of low_rank, materialize"),
+    "sonicmoe_lora elsewhere": _set(
+        "sonicmoe_lora=materialize",
+        "sonicmoe_lora: got materialize; it is how sonicmoe applies adapters, and experts_implementation is expertune",
+        "say use_sonicmoe: true, or remove it",
+    ),
+    "sonicmoe_lora with eager": _bad(
+        GOOD + "experts_implementation: eager\nsonicmoe_lora: low_rank\n", "experts_implementation is eager"
+    ),
     "dropout on experts": _set("lora_dropout=0.05", "lora_dropout: got 0.05; need 0", "lora_target_parameters: []"),
     "nothing to train": _bad(GOOD + "lora_target_modules: []\nlora_target_parameters: []\n", "nothing would train"),
     "bf16 and fp16": _bad(GOOD + "bf16: true\nfp16: true\n", "bf16, fp16: both are true; need one"),

@@ -173,6 +173,16 @@ def test_shorthands_go_into_the_keys_they_stand_for() -> None:
     assert (config.flash_attention, config.use_scattermoe, config.use_tensorboard) == (None, None, None)
 
 
+@pytest.mark.parametrize("chosen", ["use_sonicmoe: true", "experts_implementation: sonicmoe"])
+@pytest.mark.parametrize("way", [None, "low_rank", "materialize"])
+def test_how_sonicmoe_applies_adapters(way: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "experts_backend_problem", lambda name: None)
+    config = _config(GOOD + f"{chosen}\n" + (f"sonicmoe_lora: {way}\n" if way else ""))
+    assert (config.experts_implementation, config.sonicmoe_lora) == ("sonicmoe", way or "low_rank")
+    assert _config(resolved_yaml(config)) == config
+    assert _config(GOOD).sonicmoe_lora is None
+
+
 @pytest.mark.parametrize(
     ("text", "save", "evaluate"),
     [

@@ -12,7 +12,12 @@ from expertune.bench.measure import FAILED, SKIPPED, WRONG, Result
 from expertune.bench.results import CaseResults
 from expertune.bench.ways import LIMIT, OURS
 
-_COLORS = {"scattermoe": "#0b6e4f", "torch_grouped": "#6bbf9c"}  # ours; every rival is grey
+_COLORS = {
+    "scattermoe": "#0b6e4f",
+    "sonicmoe": "#14532d",
+    "sonicmoe, materialized": "#86a87f",
+    "torch_grouped": "#6bbf9c",
+}  # ours; every rival is grey
 _RIVAL, _INK, _FAINT = "#9aa3ad", "#1d2329", "#6b747d"
 _SHOWN_VERSIONS = ("torch", "triton", "transformers", "peft")
 _ROW_INCHES, _WIDTH_INCHES, _MARGIN_INCHES = 0.24, 9.0, 1.5

@@ -15,7 +15,7 @@ import expertune
 from expertune.bench.cases import Case, ExpertShape
 from expertune.bench.measure import TENSORS, Result
 
-_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "axolotl", "sonic-moe", "quack-kernels", "nvidia-cutlass-dsl")
 
 
 @dataclass(frozen=True)

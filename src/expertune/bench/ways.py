@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from expertune.bench.axolotl_rival import axolotl, axolotl_fused
 from expertune.bench.cases import unknown
 from expertune.bench.problem import Problem
 from expertune.bench.rivals import Step, Unavailable, peft_fold, split_on_grouped_mm
+from expertune.bench.sonic_rival import sonic_moe_folded
 from expertune.errors import ConfigError
 from expertune.ops.experts.gates import SWIGLU
 from expertune.ops.experts.torch_grouped import grouped_expert_mlp
@@ -83,13 +85,26 @@ def scattermoe(problem: Problem) -> Step:
     return ours(scattermoe_expert_mlp, problem, build_plan_and_tables)
 
 
+def sonicmoe(problem: Problem, adapter: Literal["low_rank", "materialize"]) -> Step:
+    """Our kernels for Hopper, the adapter in their accumulator or folded into the weights."""
+    try:
+        from expertune.ops.experts.scattermoe.products import build_plan_and_tables
+        from expertune.ops.experts.sonicmoe.mlp import sonicmoe_expert_mlp
+    except ImportError as error:
+        raise Unavailable(f"its kernels cannot be imported: {error}") from error
+    return ours(partial(sonicmoe_expert_mlp, adapter=adapter), problem, build_plan_and_tables)
+
+
 DENSE = Way("dense cuBLAS", LIMIT, dense)
 WAYS = (
     DENSE,
     Way("scattermoe", OURS, scattermoe),
+    Way("sonicmoe", OURS, partial(sonicmoe, adapter="low_rank")),
+    Way("sonicmoe, materialized", OURS, partial(sonicmoe, adapter="materialize")),
     Way("torch_grouped", OURS, partial(ours, grouped_expert_mlp)),
     Way("axolotl scattermoe_lora", RIVAL, axolotl),
     Way("axolotl fused", RIVAL, axolotl_fused),
+    Way("sonic-moe, folded adapter", RIVAL, sonic_moe_folded),
     Way("split on grouped_mm", RIVAL, split_on_grouped_mm),
     Way("peft fold + grouped_mm", RIVAL, peft_fold),
 )

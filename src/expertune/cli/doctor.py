@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 import expertune
-from expertune.layers.backends import AUTO, BACKENDS, pick_backend, unavailable_reason
+from expertune.layers.backends import AUTO, BACKENDS, note_about, pick_backend, unavailable_reason
 
 PACKAGES = (
     "torch",
@@ -42,7 +42,8 @@ def print_doctor(console: Console) -> None:
     backends.add_row(AUTO, "yes", f"picks the best that runs: here {pick_backend()}")
     for backend in BACKENDS:
         reason = unavailable_reason(backend.name)
-        backends.add_row(backend.name, "no" if reason else "yes", reason or backend.summary)
+        notes = (backend.summary, note_about(backend.name))
+        backends.add_row(backend.name, "no" if reason else "yes", reason or "; ".join(filter(None, notes)))
     console.print(backends)
 
 

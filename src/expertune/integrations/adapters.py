@@ -89,6 +89,8 @@ def install() -> None:
 
 def uninstall() -> None:
     """Give PEFT its own methods back."""
+    import peft.tuners.lora.layer  # noqa: F401 - before the lock: the import may have `install` called
+
     with _INSTALLING:
         _give_back()
 

@@ -5,7 +5,7 @@ every experts class with its decorator, and the module's flags say how the weigh
 """
 
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from expertune.distributed.dispatch import ExpertShard, return_from_experts, sen
 from expertune.integrations.adapters import active_lora
 from expertune.integrations.gates import activation_of
 from expertune.integrations.tuned import tuned_tile
-from expertune.layers.backends import IMPLEMENTATIONS, TORCH_GROUPED
+from expertune.layers.backends import IMPLEMENTATIONS, SCATTERMOE, SONICMOE_MATERIALIZE, TORCH_GROUPED
 from expertune.layers.layout import projection_names, read_projection
 from expertune.layers.running import WHY_NOT_COMPILED, backend_for, run_build_plan, run_expert_mlp
 from expertune.ops.experts.scattermoe.tiling import LinearTile
@@ -30,19 +30,30 @@ SHARD = "expertune_shard"
 
 
 def install() -> None:
-    """Register our backends with Transformers. Once is enough; more often does no harm."""
+    """Register our backends with Transformers. Once is enough; more often does no harm.
+
+    A function of Transformers' own under one of our names ("sonicmoe") is kept, for `uninstall` to give back.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     for name in IMPLEMENTATIONS:
-        ALL_EXPERTS_FUNCTIONS.register(name, partial(experts_forward, name))
+        there = ALL_EXPERTS_FUNCTIONS._global_mapping.get(name)
+        ours: Any = partial(experts_forward, name)
+        # a second copy of this module (a fresh import after the first was dropped) takes the place of the first
+        ours.expertune_original = getattr(there, "expertune_original", there)
+        ALL_EXPERTS_FUNCTIONS.register(name, ours)
 
 
 def uninstall() -> None:
-    """Take our names out of Transformers' registry again."""
+    """Take our functions out of Transformers' registry again; what others registered since stays."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    registered = ALL_EXPERTS_FUNCTIONS._global_mapping
     for name in IMPLEMENTATIONS:
-        ALL_EXPERTS_FUNCTIONS._global_mapping.pop(name, None)
+        if hasattr(registered.get(name), "expertune_original"):
+            original = registered.pop(name).expertune_original
+            if original is not None:
+                registered[name] = original
 
 
 def experts_forward(
@@ -100,6 +111,10 @@ def _run_in_pieces(
     else:
         from expertune.ops.experts.scattermoe.pieces import expert_linear
 
+        if backend == SONICMOE_MATERIALIZE:
+            from expertune.ops.experts.sonicmoe.fold import fold_projection
+
+            up, down = fold_projection(up), fold_projection(down)
         h_SJ = expert_linear(x_TH, up, plan)
         z_SH = expert_linear(activation(h_SJ), down, plan, grouped=True)
     if getattr(experts, "has_post_expert_norm", False):
@@ -108,8 +123,8 @@ def _run_in_pieces(
 
 
 def _tile_for(backend: str, expert_ids_TK: Tensor, up: ExpertProjection, down: ExpertProjection) -> LinearTile | None:
-    """The tile that `expertune tune` found for this call on this machine; None: the table's."""
-    if backend == TORCH_GROUPED or torch.compiler.is_compiling():
+    """The tile that `expertune tune` found for scattermoe in this call on this machine; None: the table's."""
+    if backend != SCATTERMOE or torch.compiler.is_compiling():
         return None
     weight = down.weight_EYX
     num_experts, hidden, intermediate = weight.shape

@@ -3,6 +3,9 @@
 Transformers takes any registered `experts_implementation` for any model, and a model whose experts class does not carry
 its decorator (Llama 4, DBRX, Switch, ...) never looks at it. A model without experts is only warned about, for there
 the name has nothing to change.
+
+So is sonicmoe where the machine cannot run it: at that point nothing has been downloaded. The other backends fail in
+the first forward, for their models may be built on one machine, or device, and run on another.
 """
 
 import re
@@ -14,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from expertune.errors import UnsupportedModelError
-from expertune.layers.backends import IMPLEMENTATIONS
+from expertune.errors import BackendError, UnsupportedModelError
+from expertune.layers.backends import IMPLEMENTATIONS, SONICMOE_ADAPTERS, unavailable_reason
 from expertune.layers.layout import is_experts_module
 
 _EXPERTS_NAME = re.compile(r"(Experts|MoE|Moe)$")
@@ -72,6 +75,14 @@ def refuse_if_ignored(model_class: type[nn.Module], implementation: object) -> N
         )
 
 
+def refuse_if_it_cannot_run(implementation: object) -> None:
+    """Raise BackendError, naming what is needed and what is there, if sonicmoe was asked for and cannot run here."""
+    name = _our_name(implementation)
+    reason = unavailable_reason(name) if name is not None and name in SONICMOE_ADAPTERS else None
+    if reason is not None:
+        raise BackendError(f"experts_implementation={name!r}: {reason}")
+
+
 def _our_name(implementation: object) -> str | None:
     names = implementation.values() if isinstance(implementation, dict) else [implementation]
     return next((name for name in names if name in IMPLEMENTATIONS), None)
@@ -89,6 +100,7 @@ def _checking(original: Callable[..., str]) -> Callable[..., str]:
     @wraps(original)
     def get_correct_experts_implementation(self: Any, requested_experts: str | None) -> str:
         refuse_if_ignored(type(self), requested_experts)
+        refuse_if_it_cannot_run(requested_experts)
         return original(self, requested_experts)
 
     get_correct_experts_implementation.expertune_original = original  # type: ignore[attr-defined]
@@ -103,6 +115,7 @@ def _checking_first(original: Any) -> Callable[..., Any]:
         config = kwargs.get("config")
         asked = kwargs.get("experts_implementation", getattr(config, "_experts_implementation", None))
         refuse_if_ignored(cls, asked)
+        refuse_if_it_cannot_run(asked)
         result = original.__func__(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         name = _our_name(asked)

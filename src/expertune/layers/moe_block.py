@@ -34,7 +34,8 @@ class MoEConfig:
         [E] in fp32, added to the scores for the choice alone (DeepSeek-V3's balancing without a loss), not trained.
     num_shared, shared_intermediate: shared experts, and the width of one (None: I). shared_gate: whether a sigmoid gate
         weighs them.
-    backend: "expertune" is the best that can run, or a name ("torch_grouped", "scattermoe").
+    backend: "expertune" is the best that can run, or a name ("torch_grouped", "scattermoe", "sonicmoe",
+        "sonicmoe_materialize").
     lora: the adapters to begin with; `MoEBlock.add_lora` adds them later.
     Raises ValueError, naming the field, where fields contradict each other.
     """

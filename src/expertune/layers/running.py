@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from expertune.errors import BackendError
-from expertune.layers.backends import AUTO, TORCH_GROUPED, pick_backend, unavailable_reason
+from expertune.layers.backends import (
+    AUTO,
+    SONICMOE,
+    SONICMOE_MATERIALIZE,
+    TORCH_GROUPED,
+    pick_backend,
+    unavailable_reason,
+)
 from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.experts.torch_grouped import grouped_expert_mlp
 from expertune.ops.experts.types import Activation, ExpertProjection
@@ -55,10 +62,15 @@ def run_expert_mlp(
 ) -> Tensor:
     """Compute the expert MLP on a backend of `backend_for`; arguments and gradients of `grouped_expert_mlp`.
 
-    tile: of scattermoe's big products; None: its table's.
+    tile: of the big products of scattermoe and sonicmoe; None: the table's.
     """
     if backend == TORCH_GROUPED:
         return _grouped_expert_mlp(x_TH, weights_TK, plan, up, down, activation)
+    if backend in (SONICMOE, SONICMOE_MATERIALIZE):
+        from expertune.ops.experts.sonicmoe.mlp import Adapter, sonicmoe_expert_mlp
+
+        adapter: Adapter = "materialize" if backend == SONICMOE_MATERIALIZE else "low_rank"
+        return sonicmoe_expert_mlp(x_TH, weights_TK, plan, up, down, activation, adapter=adapter, tile=tile)
     from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
 
     return scattermoe_expert_mlp(x_TH, weights_TK, plan, up, down, activation, tile=tile)
@@ -67,7 +79,7 @@ def run_expert_mlp(
 def run_select_experts(
     backend: str, logits_TE: Tensor, rule: RoutingRule, *, bias_E: Tensor | None, weights_dtype: torch.dtype
 ) -> Routing:
-    """Choose the experts on a backend of `backend_for`: one launch beside scattermoe, plain torch elsewhere."""
+    """Choose the experts on a backend of `backend_for`: one launch beside the kernels, plain torch elsewhere."""
     if backend == TORCH_GROUPED:
         return select_experts(logits_TE, rule, bias_E=bias_E, weights_dtype=weights_dtype)
     from expertune.ops.routing.fused import fused_select_experts

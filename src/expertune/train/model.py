@@ -23,6 +23,7 @@ import expertune
 from expertune.errors import ConfigError, UnsupportedModelError
 from expertune.integrations.sharded_model import build_skeleton
 from expertune.integrations.targets import doubled_ranks
+from expertune.layers.backends import SONICMOE, SONICMOE_ADAPTERS
 from expertune.train.config import TrainConfig
 from expertune.train.config.problems import nearest
 from expertune.train.data import CHATML, CHATML_TOKENS
@@ -81,7 +82,7 @@ def load_model(config: TrainConfig, *, dtype: torch.dtype | str | None = None) -
     load = partial(AutoModelForCausalLM.from_pretrained, config.base_model, **kwargs)
     with naming("base_model", config.base_model):
         try:
-            model, loading = load(experts_implementation=config.experts_implementation)
+            model, loading = load(experts_implementation=_experts_name(config))
         except UnsupportedModelError as error:
             if config.lora_target_parameters != []:
                 raise ConfigError(
@@ -101,7 +102,7 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
     """How a model is built from its configuration, beside its dtype."""
     options: dict[str, Any] = {
         "trust_remote_code": config.trust_remote_code,
-        "experts_implementation": config.experts_implementation,
+        "experts_implementation": _experts_name(config),
     }
     return options | ({"attn_implementation": config.attn_implementation} if config.attn_implementation else {})
 
@@ -116,6 +117,12 @@ def load_skeleton(config: TrainConfig) -> PreTrainedModel:
         with suppress(OSError):  # a checkpoint need not have one
             model.generation_config = GenerationConfig.from_pretrained(config.base_model)
     return model
+
+
+def _experts_name(config: TrainConfig) -> str:
+    """What the experts are called in Transformers' interface: sonicmoe has a name for each way of its own."""
+    name, adapter = config.experts_implementation, config.sonicmoe_lora
+    return next((each for each, way in SONICMOE_ADAPTERS.items() if name == SONICMOE and way == adapter), name)
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:

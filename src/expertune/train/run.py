@@ -268,6 +268,8 @@ def _print_what_trains(model: PeftModel, config: TrainConfig, console: Console) 
 def _backend_in_words(config: TrainConfig) -> str:
     if config.experts_implementation == AUTO:
         return f"{pick_backend()} (the best that runs here)"
+    if config.sonicmoe_lora is not None:
+        return f"{config.experts_implementation}, sonicmoe_lora: {config.sonicmoe_lora}"
     return config.experts_implementation
 
 

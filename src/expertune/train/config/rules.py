@@ -77,6 +77,13 @@ def _experts(config: TrainConfig, given: frozenset[str]) -> Iterator[Problem]:
         reason = experts_backend_problem(chosen)
         if reason is not None:
             yield Problem((chosen_key,), reason)
+    if config.sonicmoe_lora is not None and chosen != "sonicmoe":
+        yield Problem(
+            ("sonicmoe_lora",),
+            f"got {config.sonicmoe_lora}; it is how sonicmoe applies adapters, and experts_implementation is {chosen}; "
+            "say use_sonicmoe: true, or remove it",
+            depends=("experts_implementation", "use_sonicmoe", "use_scattermoe"),
+        )
 
 
 def _adapter(config: TrainConfig) -> Iterator[Problem]:

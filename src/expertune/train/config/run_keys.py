@@ -120,6 +120,11 @@ class ExpertKeys(ConfigModel):
     )
     use_scattermoe: bool | None = key(None, "short for `experts_implementation: scattermoe`")
     use_sonicmoe: bool | None = key(None, "short for `experts_implementation: sonicmoe`")
+    sonicmoe_lora: Literal["low_rank", "materialize"] | None = key(
+        None,
+        "how sonicmoe applies the experts' adapters (default: low_rank): in the products' accumulator, or folded into "
+        "a weight (docs/sonicmoe.md)",
+    )
     router_aux_loss_coef: NotNegative | None = key(
         None,
         "weight of the loss that balances the experts' load; 0: off (default: the model's own)",

@@ -24,8 +24,9 @@ class TrainConfig(LoggingKeys, ParallelKeys, ExpertKeys, PrecisionKeys, Training
 
     As `load_config` returns it, it is settled: shorthands (flash_attention, use_scattermoe, use_sonicmoe,
     use_tensorboard, use_wandb, message_field_role, message_field_content) have gone into the keys that they stand for
-    and are None; eval_strategy, save_strategy, report_to, eval_batch_size and eval_sample_packing are never None; one
-    of warmup_steps and warmup_ratio is set; chat_template_jinja is a template; local paths are absolute.
+    and are None; eval_strategy, save_strategy, report_to, eval_batch_size and eval_sample_packing are never None;
+    sonicmoe_lora is None unless the experts run on sonicmoe, and then never; one of warmup_steps and warmup_ratio is
+    set; chat_template_jinja is a template; local paths are absolute.
     """
 
     @property

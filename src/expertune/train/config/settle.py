@@ -13,6 +13,7 @@ _WARMUP_RATIO = 0.03
 def settle(config: TrainConfig) -> TrainConfig:
     """Return an equal run with nothing left to decide; a settled configuration stays as it is."""
     backend = "scattermoe" if config.use_scattermoe else "sonicmoe" if config.use_sonicmoe else None
+    backend = backend or config.experts_implementation
     changes: dict[str, Any] = {
         "flash_attention": None,
         "use_scattermoe": None,
@@ -21,7 +22,8 @@ def settle(config: TrainConfig) -> TrainConfig:
         "use_wandb": None,
         "datasets": [_settle_entry(entry) for entry in config.datasets],
         "test_datasets": [_settle_entry(entry) for entry in config.test_datasets or ()] or None,
-        "experts_implementation": backend or config.experts_implementation,
+        "experts_implementation": backend,
+        "sonicmoe_lora": (config.sonicmoe_lora or "low_rank") if backend == "sonicmoe" else None,
         "report_to": _reporters(config),
         "eval_batch_size": config.eval_batch_size or config.micro_batch_size,
         "save_strategy": _strategy(config.save_strategy, config.save_steps, config.saves_per_epoch),
