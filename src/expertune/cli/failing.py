@@ -35,6 +35,7 @@ def reporting_errors() -> Iterator[None]:
         _say(str(error))
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(_GRACE_S)  # torchrun is to see first the process that is gone, which this one only missed
         os._exit(FAILED)  # a GPU that waits for a message which never comes would hold up an orderly end
     except ExpertuneError as error:
         _say(str(error))

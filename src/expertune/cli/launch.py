@@ -1,5 +1,6 @@
 """`expertune launch`: a training run in several processes of this machine, started by torchrun's launcher."""
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ def run_processes(nproc: int, command: list[str]) -> None:
     except SignalException as error:  # passed on to the processes, of which the first has said what was saved
         raise typer.Exit(FAILED) from error
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda item: (_is_echo(item[1].exitcode), item[1].timestamp))
         if failure.exitcode == WRONG_USE:  # it has said what is wrong
             raise typer.Exit(WRONG_USE) from error
         how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with code {failure.exitcode}"
@@ -61,3 +62,8 @@ def run_processes(nproc: int, command: list[str]) -> None:
             f"rank {rank} (process {failure.pid}) {how}; the other processes were stopped. `--resume` goes on from the "
             "last checkpoint."
         ) from error
+
+
+def _is_echo(exitcode: int) -> bool:
+    """Whether a process that ended so was not the cause: torchrun stopped it, or it missed one that a signal ended."""
+    return exitcode in (-signal.SIGTERM, FAILED)
