@@ -104,7 +104,7 @@ def test_the_dispatch_equals_one_process(tokens: tuple[int, ...], gpus: Crew) ->
 
 def test_a_run_equals_one_gpu(tmp_path: Path) -> None:
     def losses(folder: Path, nproc: int, **keys: Any) -> list[float]:
-        config = write_config(folder, micro_batch_size=1, max_steps=12, bf16=True, ddp_timeout=120, **keys)
+        config = write_config(folder, micro_batch_size=1, max_steps=12, bf16=False, ddp_timeout=120, **keys)
         command = [sys.executable, "-m", "expertune", "launch", str(config), "--nproc", str(nproc)]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -117,5 +117,6 @@ def test_a_run_equals_one_gpu(tmp_path: Path) -> None:
 
     one = losses(tmp_path / "one", 1, gradient_accumulation_steps=2)
     for name, keys in {"ep": {"expert_parallel_size": 2}, "shard": {"dp_shard_size": 2}}.items():
-        assert losses(tmp_path / name, 2, **keys) == pytest.approx(one, abs=0.02)  # bf16: choices of routers differ
+        # In bf16 routers choose otherwise now and then: 0.033 at most in twelve steps on two H200s.
+        assert losses(tmp_path / name, 2, **keys) == pytest.approx(one, abs=1e-3)
     assert one[-1] != one[0]

@@ -129,6 +129,17 @@ def test_going_on_from_an_adapter(alone: Path, base_model: Path, tmp_path: Path,
     assert_same_adapter(adapter_of(tmp_path), adapter_of(alone))
 
 
+def test_a_held_out_loss_before_the_first_step(base_model: Path, tmp_path: Path, two: Crew) -> None:
+    changes = {"max_steps": 1, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1}
+    for folder, crew, batches in (("alone", None, 2), ("two", two, 1)):
+        sharded = {} if crew is None else {"expert_parallel_size": 2}
+        run_together(crew, write_run(tmp_path / folder, base_model, batches=batches, **changes, **sharded))
+    got, want = (report_of(tmp_path / folder) for folder in ("two", "alone"))
+    assert got["heldout_loss_before"] == pytest.approx(want["heldout_loss_before"], abs=1e-5)
+    assert got["heldout_loss_after"] == pytest.approx(want["heldout_loss_after"], abs=1e-5)
+    assert want["heldout_loss_after"] != want["heldout_loss_before"]
+
+
 def test_packed_rows(base_model: Path, tmp_path: Path, two: Crew) -> None:
     """13 sequences an epoch, four a step: one process of two gets the last one, the other a filler."""
     packed = {

@@ -71,13 +71,15 @@ class ShardedTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """A filler counts nothing; the router's balance loss is the mean over the step's other batches."""
         is_filler = inputs.pop(FILLER, None) is not None
-        steps = self.current_gradient_accumulation_steps
-        if self._num_real_batches is not None and self.model.training:
-            self.current_gradient_accumulation_steps = self._num_real_batches / self.mesh.sizes.world  # of a process
-        try:
+        if self._num_real_batches is None or not self.model.training:
             result = super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            self.current_gradient_accumulation_steps = steps
+        else:  # an evaluation before the first step has no number of steps to put back
+            steps = self.current_gradient_accumulation_steps
+            self.current_gradient_accumulation_steps = self._num_real_batches / self.mesh.sizes.world  # of a process
+            try:
+                result = super().compute_loss(model, inputs, *args, **kwargs)
+            finally:
+                self.current_gradient_accumulation_steps = steps
         if not is_filler:
             return result
         return (result[0] * 0.0, *result[1:]) if isinstance(result, tuple) else result * 0.0
