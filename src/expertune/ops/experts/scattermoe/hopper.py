@@ -37,13 +37,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from expertune.ops.experts.scattermoe.launches import describe_hopper_linear
 from expertune.ops.experts.scattermoe.linear import fits_descriptor
 from expertune.ops.experts.scattermoe.tiles import RowTable
-from expertune.ops.experts.scattermoe.tiling import HOPPER_TILE
+from expertune.ops.experts.scattermoe.tiling import HOPPER_STAGES, HOPPER_TILE
 from expertune.ops.integers import cdiv
 from expertune.ops.triton_launch import Launcher, is_hopper, num_multiprocessors
 
 ROWS, COLUMNS, STEP = (gl.constexpr(size) for size in HOPPER_TILE)  # a step: one line of 128 bytes of each row
 HALF = gl.constexpr(64)  # rows of a tile that is at most half full
-STAGES = gl.constexpr(4)  # with the result's left half, all of an SM's shared memory; 3 and the whole result lose 4 %
+STAGES = gl.constexpr(HOPPER_STAGES)
 NUM_WARPS = gl.constexpr(8)
 THREADS = gl.constexpr(32 * 8)
 GROUP = gl.constexpr(8)  # row tiles that share a column of W in L2, as in `linear`

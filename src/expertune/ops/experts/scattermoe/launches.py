@@ -3,21 +3,29 @@
 Triton calls these only while a hook is installed, so they cost nothing otherwise.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+from expertune.ops.experts.scattermoe.tiling import HOPPER_STAGES, HOPPER_TILE
 from expertune.ops.records import LaunchDescription
 
 
-@LaunchDescription
-def describe_linear(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, str]:
-    """A projection, its input gradient or a thin product."""
-    way = "gathered" if args["GATHER"] else "grouped"
-    way += ", transposed" if args["TRANSPOSED"] else ""
-    return {
-        "name": "expert_linear",
-        "shape": f"X{args['num_in']} Y{args['num_out']} R{args['RANK']} {args['DTYPE']} {way}",
-        "tile": f"{args['BLOCK_S']}x{args['BLOCK_Y']}x{args['BLOCK_X']}",
-    }
+def _linear(name: str, tile_of: Callable[[dict[str, Any]], str], **own: int) -> LaunchDescription:
+    """For a kernel that is a projection, its input gradient or a thin product. own: what Triton does not know of it."""
+
+    @LaunchDescription
+    def describe(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, Any]:
+        way = ("gathered" if args["GATHER"] else "grouped") + (", transposed" if args["TRANSPOSED"] else "")
+        shape = f"X{args['num_in']} Y{args['num_out']} R{args['RANK']} {args['DTYPE']} {way}"
+        return {"name": name, "shape": shape, "tile": tile_of(args), **own}
+
+    return describe
+
+
+describe_linear = _linear("expert_linear", lambda args: f"{args['BLOCK_S']}x{args['BLOCK_Y']}x{args['BLOCK_X']}")
+describe_hopper_linear = _linear(
+    "hopper_linear", lambda _: "x".join(str(size) for size in HOPPER_TILE), num_stages=HOPPER_STAGES
+)
 
 
 def describe_rows(name: str, *sizes: str) -> LaunchDescription:
@@ -32,15 +40,3 @@ def describe_rows(name: str, *sizes: str) -> LaunchDescription:
         }
 
     return describe
-
-
-@LaunchDescription
-def describe_hopper_linear(grid: Any, metadata: Any, args: dict[str, Any]) -> dict[str, str]:
-    """A projection or its input gradient in the kernel of `hopper`."""
-    way = "gathered" if args["GATHER"] else "grouped"
-    way += ", transposed" if args["TRANSPOSED"] else ""
-    return {
-        "name": "hopper_linear",
-        "shape": f"X{args['num_in']} Y{args['num_out']} R{args['RANK']} {args['DTYPE']} {way}",
-        "tile": "128x256x64",
-    }

@@ -14,6 +14,7 @@ from expertune.ops.records import gpu_facts
 
 MIN_RANK = 16  # a tensor-core product takes no fewer
 HOPPER_TILE = (128, 256, 64)  # rows, columns and step of the kernel in `hopper`
+HOPPER_STAGES = 4  # with the result's left half, all of an SM's shared memory; 3 and the whole result lose 4 %
 _BARRIER_BYTES = 256  # of the pipeline, beside the buffers; 8 to 48 in what Triton 3.6 compiles
 
 
