@@ -105,7 +105,9 @@ def build_plan(
     num_tokens, top_k = expert_ids_TK.shape
     compiling = torch.compiler.is_compiling()
     if expert_ids_TK.is_cuda and (compiling or _has_triton()):  # torch.compile on a GPU has Triton, and cannot ask
-        return _by_counting(expert_ids_TK, num_experts, sentinels, num_live_rows, table_rows)
+        return _by_counting(
+            expert_ids_TK, num_experts, sentinels=sentinels, num_live_rows=num_live_rows, table_rows=table_rows
+        )
     ids_S = expert_ids_TK.reshape(-1)
     if sentinels:
         ids_S = torch.where(ids_S < 0, num_experts, ids_S)
@@ -135,9 +137,10 @@ def build_plan(
 def _by_counting(
     expert_ids_TK: Tensor,
     num_experts: int,
+    *,
     sentinels: bool,
-    num_live_rows: int | None,
-    table_rows: tuple[int, int] | None,
+    num_live_rows: int | None = None,
+    table_rows: tuple[int, int] | None = None,
 ) -> ExpertPlan:
     """The two launches."""
     from expertune.ops.counting_sort import sort_and_cut, sort_slots
