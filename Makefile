@@ -26,8 +26,9 @@ quickstart: $(READY)
 	@test ! -e runs/quickstart || mv runs/quickstart runs/quickstart-before-$$(date +%Y%m%d-%H%M%S)
 	$(PY) -m expertune train examples/quickstart.yaml
 
+# Tests start some hundred processes: one that may not keep what it compiled of Transformers takes 13 seconds, not 5.
 test: $(READY_DEV)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= $(PY) -m pytest $(PYTEST_ARGS)
 
 check: $(READY_DEV)
 	$(PY) -m ruff check .

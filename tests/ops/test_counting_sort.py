@@ -59,7 +59,7 @@ def test_build_plan_uses_it_on_a_gpu_and_takes_any_strides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts"), [(1, 1, 1), (37, 2, 5), (300, 8, 64), (70, 3, 300), (0, 2, 3), (600, 1, 2)]
+    ("tokens", "top_k", "experts"), [(1, 1, 1), (37, 2, 5), (100, 8, 64), (30, 3, 130), (0, 2, 3), (600, 1, 2)]
 )
 @pytest.mark.parametrize("sentinels", [False, True])
 def test_the_tables_in_passing_are_those_of_their_own_launch(
