@@ -23,7 +23,7 @@ ON_HOPPER = DEVICE == "cuda" and is_hopper(torch.device("cuda"))
 pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 SMALL = LinearTile(rows=16, columns=32, k_step=16, num_warps=4, num_stages=2)
 BOTH: tuple[Adapter, ...] = ("low_rank", "materialize")
-# The interpreter multiplies bf16 as if its bits were integers; and 64 experts take it half a minute, once in scattermoe.
+# The interpreter multiplies bf16 as if its bits were integers; 64 experts take it half a minute: scattermoe's has them.
 LEFT_OUT = {name for name in CASES if "bf16" in name or name == "many experts"} if DEVICE == "cpu" else set()
 
 
