@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 
@@ -21,7 +21,7 @@ from expertune.ops import counting_sort, plan
 from expertune.ops.experts.scattermoe import mlp, pieces, products, tiles
 from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.routing.types import RoutingRule
-from tests.comparing import relative_error
+from tests.integrations.gradients import assert_equal, loss_and_gradients
 from tests.integrations.test_architectures import MODELS, build
 from tests.tiny import VOCAB, tiny_model, with_adapter
 
@@ -38,31 +38,15 @@ def _it_can_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     running._backend_for.cache_clear()
 
 
-def loss_and_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    model = with_adapter(model).to(DEVICE)
-    ids = torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    grads = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"loss": loss.detach().cpu(), **grads}
-
-
-def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    assert any("experts" in key for key in want)
-    for key, value in want.items():
-        assert relative_error(got[key], value) < (5e-6 if key == "loss" else 1e-4), key
-
-
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "nemotron_h"])
 def test_loss_and_gradients_equal_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name in MODELS
     calls = []
     run = mlp.scattermoe_expert_mlp
     monkeypatch.setattr(mlp, "scattermoe_expert_mlp", lambda *a, **k: calls.append(1) or run(*a, **k))
-    got = loss_and_gradients(build(name, "scattermoe"))
+    got = loss_and_gradients(with_adapter(build(name, "scattermoe")))
     assert calls, "the kernels did not run"
-    assert_equal(got, loss_and_gradients(build(name, "eager")))
+    assert_equal(got, loss_and_gradients(with_adapter(build(name, "eager"))))
 
 
 @pytest.fixture
@@ -109,7 +93,7 @@ def test_a_tuned_tile_decides_the_tables(monkeypatch: pytest.MonkeyPatch, launch
     run = mlp.scattermoe_expert_mlp
     monkeypatch.setattr(experts, "tuned_tile", lambda *_: tile)
     monkeypatch.setattr(mlp, "scattermoe_expert_mlp", lambda *a, **k: tables.append(a[2].tables) or run(*a, **k))
-    loss_and_gradients(tiny_model("scattermoe", num_hidden_layers=1))
+    loss_and_gradients(with_adapter(tiny_model("scattermoe", num_hidden_layers=1)))
     assert [each.tiles.block_rows for each in tables] == [32]
     assert launches.count("_place") == 1
     if DEVICE == "cpu":
@@ -131,7 +115,7 @@ def test_a_norm_between_the_experts_and_the_sum(monkeypatch: pytest.MonkeyPatch)
                 module.has_post_expert_norm, module.post_expert_norm = True, nn.RMSNorm(64)
         return model
 
-    got, want = loss_and_gradients(with_norm("scattermoe")), loss_and_gradients(with_norm("grouped_mm"))
+    got, want = (loss_and_gradients(with_adapter(with_norm(name))) for name in ("scattermoe", "grouped_mm"))
     assert calls, "the pieces did not run"
     assert_equal(got, want)
 

@@ -25,6 +25,7 @@ from expertune.ops.experts.sonicmoe import fold
 from expertune.ops.experts.sonicmoe import mlp as sonicmoe_mlp
 from expertune.ops.routing.types import RoutingRule
 from tests.comparing import relative_error
+from tests.integrations.gradients import assert_equal, loss_and_gradients
 from tests.integrations.test_architectures import build
 from tests.tiny import VOCAB, tiny_config, tiny_model, with_adapter
 
@@ -51,22 +52,6 @@ def on_device(test: Callable[..., None]) -> Callable[..., None]:
     for mark in (pytest.mark.usefixtures("it_can_run"), TOO_OLD, *ON_DEVICE):
         test = mark(test)
     return test
-
-
-def loss_and_gradients(model: nn.Module) -> dict[str, Tensor]:
-    model.to(DEVICE)
-    ids = torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    grads = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"loss": loss.detach().cpu(), **grads}
-
-
-def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    assert any("experts" in key for key in want)
-    for key, value in want.items():
-        assert relative_error(got[key], value) < (5e-6 if key == "loss" else 1e-4), key
 
 
 @pytest.fixture

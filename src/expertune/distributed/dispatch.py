@@ -19,8 +19,6 @@ Partial sums are added in fp32 and in process order, so a run repeats bit for bi
 """
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.distributed.collectives import Wire
-from expertune.ops.plan import ExpertPlan
+from expertune.ops.plan import ExpertPlan, has_triton
 
 
 @dataclass(frozen=True)
@@ -133,17 +131,12 @@ def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[Trip, Tensor]
 def _add_up(rows_PX: Tensor, trip: Trip) -> Tensor:
     """The rows of each token added in fp32 and in process order: [T, X] in the dtype of the rows."""
     plan = trip.sums
-    if rows_PX.is_cuda and rows_PX.dtype != torch.float64 and _has_triton():
+    if rows_PX.is_cuda and rows_PX.dtype != torch.float64 and has_triton():
         from expertune.ops.experts.scattermoe.combine import combine
 
         return combine(rows_PX, None, plan)
     rows_TNX = plan.to_slots(rows_PX).unflatten(0, (plan.num_tokens, plan.top_k))
     return rows_TNX.sum(1, dtype=torch.promote_types(rows_PX.dtype, torch.float32)).to(rows_PX.dtype)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 class _ToExperts(torch.autograd.Function):

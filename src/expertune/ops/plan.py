@@ -104,7 +104,7 @@ def build_plan(
         raise ValueError(f"num_experts: got {num_experts}, need at least 1")
     num_tokens, top_k = expert_ids_TK.shape
     compiling = torch.compiler.is_compiling()
-    if expert_ids_TK.is_cuda and (compiling or _has_triton()):  # torch.compile on a GPU has Triton, and cannot ask
+    if expert_ids_TK.is_cuda and (compiling or has_triton()):  # torch.compile on a GPU has Triton, and cannot ask
         return _by_counting(
             expert_ids_TK, num_experts, sentinels=sentinels, num_live_rows=num_live_rows, table_rows=table_rows
         )
@@ -164,5 +164,6 @@ def _in_range(ids_S: Tensor, num_experts: int) -> bool:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed; asked without importing it."""
     return find_spec("triton") is not None

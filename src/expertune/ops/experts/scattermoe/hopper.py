@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.ops.experts.scattermoe.launches import describe_hopper_linear
-from expertune.ops.experts.scattermoe.linear import fits_descriptor
+from expertune.ops.experts.scattermoe.linear import FAR, GROUP_TILES, TRITON_DTYPES, clipped_view, fits_descriptor
 from expertune.ops.experts.scattermoe.tiles import RowTable
 from expertune.ops.experts.scattermoe.tiling import HOPPER_STAGES, HOPPER_TILE
 from expertune.ops.integers import cdiv
@@ -45,11 +45,9 @@ ROWS, COLUMNS, STEP = (gl.constexpr(size) for size in HOPPER_TILE)  # a step: on
 HALF = gl.constexpr(64)  # rows of a tile that is at most half full
 STAGES = gl.constexpr(HOPPER_STAGES)
 NUM_WARPS = gl.constexpr(8)
-THREADS = gl.constexpr(32 * 8)
-GROUP = gl.constexpr(8)  # row tiles that share a column of W in L2, as in `linear`
-FAR = gl.constexpr(2**30)  # see `linear`
+THREADS = gl.constexpr(32 * NUM_WARPS.value)
+GROUP = gl.constexpr(GROUP_TILES)
 MAX_RANK = 64  # B must fit where the result's left half is
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 # Names that changed after Triton 3.6.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -296,7 +294,7 @@ def takes(
     num_out, num_in = weight_EYX.shape[1:]
     rank = 0 if u_SR is None else u_SR.shape[1]
     return (
-        x_NX.dtype in ELEMENTS
+        x_NX.dtype in (torch.bfloat16, torch.float16)
         and x_NX.shape[0] > 0
         and is_hopper(x_NX.device)
         and num_in % STEP.value == 0
@@ -332,16 +330,12 @@ def launch_hopper_linear(
     if u_SR is not None and lora_b_EYR is not None:
         rank = u_SR.shape[1]
         b_desc, b_transposed = _stack_descriptor(lora_b_EYR, rank)
-    far, stride = FAR.value, out_SY.stride(0)
-    out_desc = _descriptor(
-        out_SY, [2**31 - 2**16, 2**31 - 2**16, far, num_out], [2**34 - stride, stride, stride, 1],
-        [1, 1, ROWS.value, COLUMNS.value // 2],
-    )  # fmt: skip
+    out_desc = _descriptor(out_SY, *clipped_view(out_SY), [1, 1, ROWS.value, COLUMNS.value // 2])
     num_programs = min(tiles.capacity * cdiv(num_out, COLUMNS.value), num_multiprocessors(x_NX.device))
     _hopper_linear(
         (num_programs,), x_NX, x_desc, x_NX.stride(0), row_index_S, w_desc, u_SR, b_desc, scaling,
         None if bias_EY is None else bias_EY.contiguous(), out_desc, tiles.entries_4M, tiles.capacity, num_in, num_out,
-        row_index_S is not None, bias_EY is not None, rank, transposed, b_transposed, ELEMENTS[x_NX.dtype],
+        row_index_S is not None, bias_EY is not None, rank, transposed, b_transposed, TRITON_DTYPES[x_NX.dtype],
         num_warps=NUM_WARPS.value,
     )  # fmt: skip
     return out_SY
@@ -366,5 +360,5 @@ def _stack_descriptor(weight_EYX: Tensor, num_k: int) -> tuple[TensorDescriptor,
 
 
 def _descriptor(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[tensor.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for(block, TRITON_DTYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(shape), list(strides), block, layout)

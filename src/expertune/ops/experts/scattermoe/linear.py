@@ -218,7 +218,7 @@ def launch_expert_linear(
         if row_index_S is None and fits_descriptor(x_NX):
             x_desc = TensorDescriptor(x_NX, x_NX.shape, x_NX.stride(), [tile.rows, tile.k_step])
         if out_index_S is None and fits_descriptor(out_SY):
-            out_desc = _clipped_descriptor(out_SY, [tile.rows, tile.columns])
+            out_desc = TensorDescriptor(out_SY, *clipped_view(out_SY), [1, 1, tile.rows, tile.columns])
     _expert_linear(
         (_num_programs(device, tiles, num_out, tile),),
         x_NX, x_desc, x_NX.stride(0), row_index_S, weight_EYX, w_desc, *strides,
@@ -260,13 +260,10 @@ def fits_descriptor(tensor: Tensor) -> bool:
     return not any([stride * size % DESCRIPTOR_BYTES for stride in wide])  # noqa: C419 - a list is half the cost
 
 
-def _clipped_descriptor(out_SY: Tensor, block: list[int]) -> TensorDescriptor:
-    """out, with two leading dimensions whose strides cancel modulo 2^64 bytes: see FAR."""
+def clipped_view(out_SY: Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of out with two leading dimensions whose strides cancel modulo 2^64 bytes: see FAR."""
     num_out, stride = out_SY.shape[1], out_SY.stride(0)
-    far = FAR.value
-    return TensorDescriptor(
-        out_SY, [2**31 - 2**16, 2**31 - 2**16, far, num_out], [2**34 - stride, stride, stride, 1], [1, 1, *block]
-    )
+    return [2**31 - 2**16, 2**31 - 2**16, FAR.value, num_out], [2**34 - stride, stride, stride, 1]
 
 
 def _num_programs(device: torch.device, tiles: RowTable, num_out: int, tile: LinearTile) -> int:

@@ -55,7 +55,8 @@ def build_plan_and_tables(
     num_experts = weight_EYX.shape[0]
     if torch.compiler.is_compiling():
         return build_plan(expert_ids_TK, num_experts, sentinels=sentinels, num_live_rows=num_live_rows)
-    tile = tile or pick_tile(expert_ids_TK.numel(), num_experts, weight_EYX.dtype, weight_EYX.device)
+    num_rows = expert_ids_TK.numel() if num_live_rows is None else num_live_rows
+    tile = tile or pick_tile(num_rows, num_experts, weight_EYX.dtype, weight_EYX.device)
     rows = tile.rows, CHUNK_ROWS
     return build_plan(expert_ids_TK, num_experts, sentinels=sentinels, num_live_rows=num_live_rows, table_rows=rows)
 
