@@ -40,8 +40,9 @@ from expertune.bench.results import describe_environment
 from expertune.bench.timing import Timer, find_gpu
 from expertune.errors import ConfigError
 from expertune.ops import counting_sort
+from expertune.ops import plan as plan_module
 from expertune.ops.experts.scattermoe.tiles import CHUNK_ROWS, build_row_tables
-from expertune.ops.plan import ExpertPlan, build_plan
+from expertune.ops.plan import ExpertPlan, build_plan, has_triton
 from expertune.ops.routing import fused
 from expertune.ops.routing.fused import fused_select_experts
 from expertune.ops.routing.types import RoutingRule
@@ -129,7 +130,7 @@ def transformers_plan(ids_TK: Tensor, num_experts: int) -> ExpertPlan:
 
 
 def torch_plan(ids_TK: Tensor, num_experts: int) -> ExpertPlan:
-    with patch("expertune.ops.plan._has_triton", return_value=False):
+    with patch.object(plan_module, has_triton.__name__, return_value=False):
         return build_plan(ids_TK, num_experts)
 
 
