@@ -7,7 +7,7 @@ the model; NCCL lets the host run on and kills the process from a thread of its 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,16 +48,22 @@ class Wire:
             self._finish(work, rows_PX, what)
         return out
 
-    def exchange_counts(self, counts_NC: Tensor, what: str) -> tuple[list[list[int]], list[list[int]]]:
+    def exchange_counts(
+        self, counts_NC: Tensor, what: str, *, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[list[list[int]], list[list[int]]]:
         """Send row r of [N, C] integers to rank r of the N in the group; returns what was sent and what each sent here.
 
         The host waits for the numbers: the one place in a layer where a stalled or lost rank is certain to be noticed.
+        meanwhile: called once they are under way. Its errors are its own.
         """
         received_NC = torch.empty_like(counts_NC)
         with self._named(what):
             work = dist.all_to_all_single(received_NC, counts_NC.contiguous(), group=self.group, async_op=True)
+        if meanwhile is not None:
+            meanwhile()
+        with self._named(what):
             self._finish(work, counts_NC, what)
-            sent, received = self._read(torch.stack((counts_NC, received_NC)), what)
+            sent, received = self._read((counts_NC, received_NC), what)
         return sent, received
 
     def sum(self, values: Tensor, what: str, *, wait: bool = False) -> Tensor:
@@ -103,14 +109,16 @@ class Wire:
         if wait:
             self._wait_for_device(what)
 
-    def _read(self, values: Tensor, what: str) -> list[Any]:
-        """The values on the host."""
-        if not values.is_cuda:
-            return list(values.tolist())
-        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        pinned.copy_(values, non_blocking=True)
+    def _read(self, tensors: Sequence[Tensor], what: str) -> list[Any]:
+        """The tensors' values on the host."""
+        if not tensors[0].is_cuda:
+            return [values.tolist() for values in tensors]
+        # Copies, which need no multiprocessor: the GPU may be full of what runs meanwhile.
+        pinned = [torch.empty(values.shape, dtype=values.dtype, pin_memory=True) for values in tensors]
+        for there, here in zip(tensors, pinned, strict=True):
+            here.copy_(there, non_blocking=True)
         self._wait_for_device(what)
-        return list(pinned.tolist())
+        return [here.tolist() for here in pinned]
 
     def _wait_for_device(self, what: str) -> None:
         """Wait until the current stream has come this far, by looking, with the clock."""

@@ -18,6 +18,7 @@ Partial sums are added in fp32 and in process order, so a run repeats bit for bi
     token 1: experts 1 3     goes to process 0 with ids 1 -1 and to process 1 with ids -1 1
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,13 @@ class ExpertShard:
     """The experts of one layer that this process owns.
 
     wire: the processes that share the layer's experts. index: this one's place among them. num_local: experts each.
+    meanwhile: what to call in each forward while the sizes of the dispatch travel, before the host waits for them.
     """
 
     wire: Wire
     index: int
     num_local: int
+    meanwhile: Callable[[], None] | None = None
 
     @property
     def experts(self) -> range:
@@ -120,7 +123,8 @@ def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[Trip, Tensor]
     row_of_slot_M = place_M.view(num_owners, num_tokens).T.reshape(-1)
     fence = F.pad(goes_M.sum().to(torch.int32).view(1), (1, 0))
     counts_N2 = torch.stack((goes_TN.sum(0), pairs_TN.sum(0)), dim=1)
-    sent, received = shard.wire.exchange_counts(counts_N2, "exchange of the dispatch's sizes")
+    what = "exchange of the dispatch's sizes"
+    sent, received = shard.wire.exchange_counts(counts_N2, what, meanwhile=shard.meanwhile)
     send, receive = (tuple(rows for rows, _ in half) for half in (sent, received))
     token_P, slot_P = token_M[: sum(send)], slot_M[: sum(send)]
     sums = ExpertPlan(num_tokens, num_owners, 1, slot_P, row_of_slot_M, token_P, fence, has_sentinels=True)

@@ -8,17 +8,21 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from expertune.distributed.mesh import ParallelMesh, leave_mesh
+from expertune.distributed.side_stream import SideStream
 from expertune.errors import ConfigError, ExpertuneError, Interrupted
 from expertune.files import write_whole
 from expertune.integrations.audit import AdapterAudit, audit
 from expertune.integrations.saved_adapter import open_adapter, read_adapter
 from expertune.integrations.sharded_model import spread_model
+from expertune.integrations.shared_overlap import overlap_shared_experts
 from expertune.integrations.targets import summarise_trainable
 from expertune.layers.backends import AUTO, pick_backend
 from expertune.train.arguments import set_intervals, sft_config
@@ -45,6 +49,7 @@ class RunReport:
 
     log: what was logged at each logging step and evaluation, also before a resumption.
     adapter_audit: what the saved adapter holds, read back from its file.
+    overlapped_layers: in how many layers shared experts run while tokens travel.
     """
 
     base_model: str
@@ -61,6 +66,7 @@ class RunReport:
     samples_after: list[tuple[str, str]] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
     adapter_audit: AdapterAudit | None = None
+    overlapped_layers: int = 0
 
 
 def train(config: TrainConfig, console: Console, *, resume_command: str, resume: bool = False) -> RunReport:
@@ -91,6 +97,7 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     progress, records = ShowProgress(console), RecordKernels()
     trainer = _trainer(model, prepared, config, [stop, progress, records], mesh, resumed=checkpoint is not None)
     records.also_log_to(trainer)
+    report.overlapped_layers = overlap_in(model, trainer.args.device, console)
     if is_first(mesh):
         write_whole(output_dir / RESOLVED_CONFIG, resolved_yaml(config))
     start = time.perf_counter()
@@ -182,6 +189,16 @@ def _trainer(
     )
     set_intervals(args, config, num_batches=len(trainer.get_train_dataloader()))
     return trainer
+
+
+def overlap_in(model: nn.Module, device: torch.device, console: Console) -> int:
+    """Let shared experts run while tokens travel, where they do, between GPUs; says and returns in how many layers."""
+    if device.type != "cuda":
+        return 0
+    num_layers = len(overlap_shared_experts(model, SideStream(device)).layers)
+    if num_layers:
+        console.print(f"shared experts run while tokens travel: in {num_layers} layers")
+    return num_layers
 
 
 def _save_adapter(trainer: Trainer, prepared: Prepared, config: TrainConfig, mesh: ParallelMesh | None) -> AdapterAudit:
