@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import expertune
 from expertune.distributed.collectives import Wire
@@ -158,15 +159,16 @@ def with_adapters(model: nn.Module) -> nn.Module:
     return adapted
 
 
-def losses_and_gradients(model: nn.Module, batches: int = 2) -> dict[str, Tensor]:
+def losses_and_gradients(model: nn.Module, batches: int = 2, ids: Tensor | None = None) -> dict[str, Tensor]:
     """Of several micro-batches, whose gradients add up."""
     model.zero_grad()
     losses = []
-    for batch in rows().chunk(batches):
+    for batch in (rows() if ids is None else ids).chunk(batches):
         loss = loss_of(model, batch)
         loss.backward()
         losses.append(loss.detach())
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
     return {"losses": torch.stack(losses), **gradients}
 
 
@@ -314,6 +316,18 @@ def test_the_result_is_used_for_the_very_tensor_alone(name: str) -> None:
     asked = {"twice": 2, "not at all": 0}.get(name, 1)
     assert len(calls) == 2 * (asked + (not is_used))
     assert lane.events.count("wait") == 2, "what was started is waited for, used or not"
+
+
+@pytest.mark.parametrize(
+    "other", [lambda x: x + 1, lambda x: x[:, :2], lambda x: x.double()], ids=["+1", "part", "fp64"]
+)
+def test_another_tensor_without_a_gradient(other: Callable[[Tensor], Tensor]) -> None:
+    block = toy(lambda shared, x: shared(other(x).float()).sum())
+    with torch.no_grad():
+        want = block(torch.ones(2, 3, 4))
+        with overlapping(block, HidingLane(block.events)):
+            assert torch.equal(block(torch.ones(2, 3, 4)), want)
+    assert "start" in block.events
 
 
 def test_the_order_of_events() -> None:

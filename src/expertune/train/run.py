@@ -97,7 +97,8 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
     progress, records = ShowProgress(console), RecordKernels()
     trainer = _trainer(model, prepared, config, [stop, progress, records], mesh, resumed=checkpoint is not None)
     records.also_log_to(trainer)
-    report.overlapped_layers = overlap_in(model, trainer.args.device, console)
+    if mesh is not None:
+        report.overlapped_layers = overlap_in(model, trainer.args.device, console)
     if is_first(mesh):
         write_whole(output_dir / RESOLVED_CONFIG, resolved_yaml(config))
     start = time.perf_counter()
@@ -192,7 +193,7 @@ def _trainer(
 
 
 def overlap_in(model: nn.Module, device: torch.device, console: Console) -> int:
-    """Let shared experts run while tokens travel, where they do, between GPUs; says and returns in how many layers."""
+    """Let shared experts run while tokens travel between GPUs; prints and returns in how many layers."""
     if device.type != "cuda":
         return 0
     num_layers = len(overlap_shared_experts(model, SideStream(device)).layers)
