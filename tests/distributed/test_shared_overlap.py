@@ -318,15 +318,25 @@ def test_the_result_is_used_for_the_very_tensor_alone(name: str) -> None:
     assert lane.events.count("wait") == 2, "what was started is waited for, used or not"
 
 
-@pytest.mark.parametrize(
-    "other", [lambda x: x + 1, lambda x: x[:, :2], lambda x: x.double()], ids=["+1", "part", "fp64"]
-)
-def test_another_tensor_without_a_gradient(other: Callable[[Tensor], Tensor]) -> None:
-    block = toy(lambda shared, x: shared(other(x).float()).sum())
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of other numbers": lambda x: x + 1,
+    "a part": lambda x: x[:, :2],
+    "of another dtype": lambda x: x.double().float(),
+    "in another order": lambda x: x.transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_tensor_without_a_gradient(name: str) -> None:
+    def call(shared: nn.Module, x: Tensor) -> Tensor:
+        out = shared(OTHERS[name](x)).flatten()
+        return out @ torch.arange(float(out.numel()))
+
+    block, hidden = toy(call), torch.arange(24.0).view(2, 3, 4) / 24
     with torch.no_grad():
-        want = block(torch.ones(2, 3, 4))
+        want = block(hidden)
         with overlapping(block, HidingLane(block.events)):
-            assert torch.equal(block(torch.ones(2, 3, 4)), want)
+            assert torch.equal(block(hidden), want)
     assert "start" in block.events
 
 
