@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 1 benchmarks/expert_parallel.py --out EP.csv          # the same line with 2 and with 4
     torchrun --nproc-per-node 4 benchmarks/expert_parallel.py --out EP.csv --shard 2      # experts 2 x shards 2
+    torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --balanced-routers
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --tiny          # a toy on the CPU
 
 Weak scaling: every process has T tokens of its own, whatever their number. Random bf16 weights, made where they lie;
@@ -9,6 +10,10 @@ adapters of rank 16 on attention and every expert, fp32, AdamW; bf16 autocast, s
 --no-checkpointing; TRL's chunked head. A step is forward, backward, the sums of gradients, clipping, AdamW; it is timed
 from a barrier to the device's end, and the slowest process's time counts. `max_pairs_share`: of the (token, expert)
 pairs of a layer, what the busiest process has, times their number: 1 if all have the same, in the worst layer.
+
+Routers are random too, and tokens of a random model have much in common, so that some experts get most of them. With
+--balanced-routers a router's logits are taken less their mean over the process's tokens, which is what a balanced
+router's bias does: tokens choose as different as they are, and experts get about the same.
 
 The row is appended to the CSV. `ratio_to_one` compares with the row of one process, the same layers, tokens and
 options, that the CSV has from before.
@@ -58,6 +63,7 @@ class Setting:
     shard: int
     backend: str
     checkpointing: bool
+    balanced: bool
     steps: int
     tiny: bool
 
@@ -90,6 +96,20 @@ def random_parts(
         yield set(names)
 
 
+def balance(router: Any, _inputs: Any, outputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What Qwen3's router returns, with choices and weights of the logits less their mean over the tokens."""
+    logits_TE, weights_TK, _ = outputs
+    scores_TE = torch.softmax(logits_TE - logits_TE.mean(0), dim=-1, dtype=torch.float32)
+    scores_TK, ids_TK = torch.topk(scores_TE, router.top_k, dim=-1)
+    if router.norm_topk_prob:
+        scores_TK = scores_TK / scores_TK.sum(-1, keepdim=True)
+    return logits_TE, scores_TK.to(weights_TK.dtype), ids_TK
+
+
+def routers_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+
+
 def build(setting: Setting, mesh: ParallelMesh, device: torch.device) -> tuple[Any, list[ShardedParameter]]:
     sizes = TINY if setting.tiny else QWEN3_30B_A3B
     options = {"experts_implementation": setting.backend, "attn_implementation": "sdpa"}
@@ -108,6 +128,9 @@ def build(setting: Setting, mesh: ParallelMesh, device: torch.device) -> tuple[A
             model, folder, setting.dtype, mesh, device, fill=random_parts, **options
         )
     add_fused_lm_head(model.get_base_model())
+    if setting.balanced:
+        for router in routers_of(model):
+            router.register_forward_hook(balance)
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(), parameters
@@ -128,7 +151,7 @@ def busiest_share(model: nn.Module, ids: Tensor, sizes: ParallelSizes) -> float:
         owners = outputs[2].flatten() // (module.num_experts // sizes.expert)
         counts.append(torch.bincount(owners, minlength=sizes.expert))
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    hooks = [router.register_forward_hook(count) for router in routers_of(model)]
     with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
     for hook in hooks:
@@ -173,7 +196,8 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
     return {
         "processes": sizes.world, "expert_parallel_size": sizes.expert, "dp_shard_size": sizes.shard,
         "dp_replicate_size": sizes.replicate, "layers": setting.layers, "tokens_per_gpu": setting.tokens,
-        "rank": RANK, "backend": setting.backend, "checkpointing": setting.checkpointing, "num_steps": setting.steps,
+        "rank": RANK, "backend": setting.backend, "checkpointing": setting.checkpointing,
+        "balanced_routers": setting.balanced, "num_steps": setting.steps,
         "p20_ms": round(p20, 1), "p50_ms": round(p50, 1), "p80_ms": round(p80, 1),
         "tokens_per_s_per_gpu": round(1000 * setting.tokens / p50), "first_step_s": round(seconds[0], 2),
         "peak_gib_per_gpu": round(peak_bytes / 2**30, 2), "max_pairs_share": round(share, 3),
@@ -181,7 +205,7 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
     }  # fmt: skip
 
 
-SAME = ("layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "device")
+SAME = ("layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "balanced_routers", "device")
 
 
 def append(row: dict[str, Any], output: Path) -> None:
@@ -219,6 +243,7 @@ def main() -> None:
     parser.add_argument("--replicate", type=int, default=1, help="dp_replicate_size")
     parser.add_argument("--backend", help="of the experts (default: the best that runs)")
     parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--balanced-routers", action="store_true", help="each expert gets about as many tokens")
     parser.add_argument("--steps", type=int, default=10, help="that count")
     parser.add_argument("--tiny", action="store_true", help="a toy on the CPU in fp32")
     arguments = parser.parse_args()
@@ -238,6 +263,7 @@ def main() -> None:
         shard=arguments.shard,
         backend=arguments.backend or pick_backend(device.type),
         checkpointing=not arguments.no_checkpointing,
+        balanced=arguments.balanced_routers,
         steps=arguments.steps,
         tiny=arguments.tiny,
     )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -123,6 +124,22 @@ def test_doctor_says_what_sonicmoe_runs_off_hopper(monkeypatch: pytest.MonkeyPat
     output = call("doctor", columns=300).output
     assert re.search(r"│ sonicmoe +│ yes +│ kernels for Hopper, adapters in their accumulator; a note", output)
     assert output.count("a note") == 1
+
+
+def test_doctor_knows_a_package_that_is_installed_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert re.search(r"│ deep_ep +│ not installed", call("doctor", columns=300).output)
+    info = tmp_path / "sgl_deep_ep-0.1.0.dist-info"
+    for path, text in {
+        info / "METADATA": "Metadata-Version: 2.1\nName: sgl-deep-ep\nVersion: 0.1.0\n",
+        info / "top_level.txt": "deep_ep\n",
+        tmp_path / "deep_ep" / "__init__.py": "",
+    }.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert re.search(r"│ deep_ep +│ sgl-deep-ep 0.1.0", call("doctor", columns=300).output)
 
 
 def test_doctor_names_every_backend_and_why_one_cannot_run() -> None:

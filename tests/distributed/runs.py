@@ -7,9 +7,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed.processes import Crew
 from tests.train.runs import MODEL, write_config, write_rows
@@ -24,6 +25,15 @@ def make_base_model(folder: Path) -> Path:
     """
     model = AutoModelForCausalLM.from_pretrained(MODEL, num_hidden_layers=2)
     model.save_pretrained(folder, max_shard_size="2MB")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
+
+
+def wide_model(folder: Path) -> Path:
+    """Two random layers with rows of 256 values, as DeepEP wants them; the shipped model has 192."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(MODEL, num_hidden_layers=2, hidden_size=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
     return folder
 

@@ -3,8 +3,10 @@
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from expertune.distributed.mesh import join_mesh
@@ -19,8 +21,9 @@ def measure(sizes: ParallelSizes) -> dict[str, Any]:
     import expert_parallel
 
     setting = expert_parallel.Setting(
-        layers=2, tokens=64, rows=2, shard=sizes.shard, backend="torch_grouped", checkpointing=True, steps=2, tiny=True
-    )
+        layers=2, tokens=64, rows=2, shard=sizes.shard, backend="torch_grouped", checkpointing=True, balanced=True,
+        steps=2, tiny=True,
+    )  # fmt: skip
     return expert_parallel.measure(setting, join_mesh(sizes, "cpu", timeout_s=30), torch.device("cpu"))
 
 
@@ -39,3 +42,16 @@ def test_it_measures_and_compares_with_one_process(two: Crew, tmp_path: Path) ->
     expert_parallel.append(row | {"device": "b"}, output)
     with output.open(newline="") as file:
         assert [each["ratio_to_one"] for each in csv.DictReader(file)] == ["1.000", "0.500", ""]
+
+
+def test_balanced_routers_balance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import expert_parallel
+
+    router = SimpleNamespace(top_k=2, norm_topk_prob=True)
+    logits_TE = torch.randn(512, 8) + 20 * torch.arange(8)  # without balance all choose experts 6 and 7
+    same_TE, weights_TK, ids_TK = expert_parallel.balance(router, None, (logits_TE, torch.ones(512, 2), None))
+    assert same_TE is logits_TE
+    torch.testing.assert_close(weights_TK.sum(-1), torch.ones(512))
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=8)
+    assert counts_E.max() < 1.5 * counts_E.float().mean()

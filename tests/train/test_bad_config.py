@@ -251,7 +251,11 @@ TABLE = {
     "compiled in several processes": _bad(
         GOOD + "expert_parallel_size: 2\ntorch_compile: true\n", "torch_compile is not supported in several processes"
     ),
-    "deep_ep": _set("expert_parallel_backend=deep_ep", "the package deep_ep is not installed", "NCCL's all-to-all"),
+    "deep_ep": _bad(
+        GOOD + "expert_parallel_backend: deep_ep\nexpert_parallel_size: 2\n",
+        "the package deep_ep is not installed",
+        "NCCL's all-to-all",
+    ),
     "no such backend": _set("expert_parallel_backend=mpi", "expert_parallel_backend: got mpi"),
     "fsdp_config": _set(
         "fsdp_config={offload_params: true}", "fsdp_config: FSDP2 has no options here", "dp_shard_size"

@@ -1,5 +1,6 @@
 """`expertune doctor`: what is installed, what the machine has, which expert backends run here and why others do not."""
 
+import importlib.util
 import platform
 from importlib import metadata
 
@@ -23,6 +24,7 @@ PACKAGES = (
     "rich",
     "tensorboard",
     "wandb",
+    "deep_ep",
 )
 
 
@@ -51,7 +53,10 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        if importlib.util.find_spec(package) is None:
+            return "not installed"
+        sources = metadata.packages_distributions().get(package, [])  # under another name, as deep_ep is
+        return ", ".join(f"{source} {metadata.version(source)}" for source in sources) or "installed, no version"
 
 
 def _devices() -> list[tuple[str, str]]:

@@ -132,13 +132,13 @@ class Wire:
 
     @contextmanager
     def naming(self, what: str) -> Iterator[None]:
-        """Within it, errors of messages that others send, such as FSDP2's, also come out as a CollectiveError."""
+        """Within it, errors of messages that others send (FSDP2, DeepEP) also come out as a CollectiveError."""
         try:
             yield
         except CollectiveError:
             raise
         except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
+            if isinstance(error, dist.DistError) or any(library in str(error) for library in ("gloo", "DeepEP")):
                 raise self._error(what, next(iter(str(error).splitlines()))) from error
             raise
 

@@ -13,6 +13,8 @@ No token is dropped and no buffer is padded: the sizes are exchanged first, whic
 Backward is the mirror image: dy goes out as x did and dx and dp come back, each once for each process of a token.
 Partial sums are added in fp32 and in process order, so a run repeats bit for bit.
 
+Here the rows travel by the process group's all-to-all; `deep_ep.py` has another transport with the same two operations.
+
 4 tokens, 4 experts, 2 processes, K = 2; process 0 has tokens 0 and 1:
     token 0: experts 0 1     goes to process 0 with ids 0 1
     token 1: experts 1 3     goes to process 0 with ids 1 -1 and to process 1 with ids -1 1
@@ -20,6 +22,7 @@ Partial sums are added in fp32 and in process order, so a run repeats bit for bi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +33,54 @@ from expertune.distributed.collectives import Wire
 from expertune.ops.plan import ExpertPlan, has_triton
 
 
+class Trip(Protocol):
+    """Tokens of this process that are away at their experts, and those that came here."""
+
+    @property
+    def num_pairs(self) -> int:
+        """(token, expert) pairs that arrived here."""
+
+    def bring_home(self, y_RH: Tensor) -> Tensor:
+        """`return_from_experts`, by the way that the tokens came."""
+
+
+class Transport(Protocol):
+    """What carries rows between the processes that share a layer's experts. One serves all layers."""
+
+    def send(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: "ExpertShard") -> "Arrived":
+        """`send_to_experts`."""
+
+    def close(self) -> None:
+        """Give back what it holds. Every process must call it; nothing is sent afterwards."""
+
+
+@dataclass(frozen=True)
+class AllToAll:
+    """The all-to-all of the process group's own library, NCCL or gloo: any dtype, over any number of machines."""
+
+    def send(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: "ExpertShard") -> "Arrived":
+        """See `send_to_experts`."""
+        trip, ids_PK = _plan_trip(expert_ids_TK, shard)
+        x_RH, weights_RK, ids_RK = _ToExperts.apply(trip, ids_PK, x_TH, weights_TK)
+        return Arrived(trip, x_RH, ids_RK, weights_RK)
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
 @dataclass(frozen=True)
 class ExpertShard:
     """The experts of one layer that this process owns.
 
     wire: the processes that share the layer's experts. index: this one's place among them. num_local: experts each.
-    meanwhile: what to call in each forward while the sizes of the dispatch travel, before the host waits for them.
+    transport: what carries the tokens.
+    meanwhile: what a transport calls in each forward where the host would only wait for the other processes.
     """
 
     wire: Wire
     index: int
     num_local: int
+    transport: Transport = AllToAll()
     meanwhile: Callable[[], None] | None = None
 
     @property
@@ -48,22 +88,10 @@ class ExpertShard:
         """The ids of this process's experts in the whole layer."""
         return range(self.index * self.num_local, (self.index + 1) * self.num_local)
 
-
-@dataclass(frozen=True)
-class Trip:
-    """Which tokens of this process go where, and how many rows come from where.
-
-    token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
-    sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
-    send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
-    """
-
-    wire: Wire
-    token_of_row_P: Tensor
-    sums: ExpertPlan
-    send: tuple[int, ...]
-    receive: tuple[int, ...]
-    num_pairs: int
+    @property
+    def num_experts(self) -> int:
+        """Of the whole layer."""
+        return self.wire.size * self.num_local
 
 
 @dataclass(frozen=True)
@@ -87,24 +115,42 @@ def send_to_experts(x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, sha
     Every process of the group must call it. Gradients flow to x and to the weights.
     Raises CollectiveError if a process does not take part in time, ValueError for an id that no process owns.
     """
-    trip, ids_PK = _plan_trip(expert_ids_TK, shard)
-    x_RH, weights_RK, ids_RK = _ToExperts.apply(trip, ids_PK, x_TH, weights_TK)
-    return Arrived(trip, x_RH, ids_RK, weights_RK)
+    return shard.transport.send(x_TH, expert_ids_TK, weights_TK, shard)
 
 
 def return_from_experts(y_RH: Tensor, arrived: Arrived) -> Tensor:
     """Send the experts' results [R, H] home and add up those of each token: [T, H] in the dtype of `y_RH`."""
-    return _FromExperts.apply(arrived.trip, y_RH)
+    return arrived.trip.bring_home(y_RH)
 
 
-def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[Trip, Tensor]:
+@dataclass(frozen=True)
+class _AllToAllTrip:
+    """Which tokens of this process go where, and how many rows come from where.
+
+    token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
+    sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
+    send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
+    """
+
+    wire: Wire
+    token_of_row_P: Tensor
+    sums: ExpertPlan
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+    num_pairs: int
+
+    def bring_home(self, y_RH: Tensor) -> Tensor:
+        return _FromExperts.apply(self, y_RH)
+
+
+def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[_AllToAllTrip, Tensor]:
     """The trip, and the local expert ids [P, K] int32 of the rows that are sent."""
     num_tokens, num_owners = expert_ids_TK.shape[0], shard.wire.size
     owner_TK = expert_ids_TK.div(shard.num_local, rounding_mode="floor")
     if not owner_TK.is_cuda and num_tokens and not 0 <= int(owner_TK.min()) <= int(owner_TK.max()) < num_owners:
         raise ValueError(
             f"expert_ids_TK: ids span {int(expert_ids_TK.min())} to {int(expert_ids_TK.max())}, need 0 to "
-            f"{num_owners * shard.num_local - 1}"
+            f"{shard.num_experts - 1}"
         )
     pairs_TN = torch.zeros(num_tokens, num_owners, dtype=torch.int64, device=owner_TK.device)
     pairs_TN.scatter_add_(1, owner_TK, torch.ones_like(owner_TK))
@@ -129,10 +175,10 @@ def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[Trip, Tensor]
     token_P, slot_P = token_M[: sum(send)], slot_M[: sum(send)]
     sums = ExpertPlan(num_tokens, num_owners, 1, slot_P, row_of_slot_M, token_P, fence, has_sentinels=True)
     num_pairs = sum(pairs for _, pairs in received)
-    return Trip(shard.wire, token_P, sums, send, receive, num_pairs), ids_MK[: sum(send)]
+    return _AllToAllTrip(shard.wire, token_P, sums, send, receive, num_pairs), ids_MK[: sum(send)]
 
 
-def _add_up(rows_PX: Tensor, trip: Trip) -> Tensor:
+def _add_up(rows_PX: Tensor, trip: _AllToAllTrip) -> Tensor:
     """The rows of each token added in fp32 and in process order: [T, X] in the dtype of the rows."""
     plan = trip.sums
     if rows_PX.is_cuda and rows_PX.dtype != torch.float64 and has_triton():

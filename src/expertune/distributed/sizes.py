@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from expertune.errors import ConfigError
 
+DEEP_EP_SIZES = (2, 4, 8)
+"""Processes that DeepEP's kernels within one machine are made for."""
+
 
 @dataclass(frozen=True)
 class ParallelSizes:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from expertune.distributed.dispatch import ExpertShard
+from expertune.distributed.deep_ep import open_deep_ep
+from expertune.distributed.dispatch import AllToAll, ExpertShard, Transport
 from expertune.distributed.mesh import EXPERT, SHARD, ParallelMesh
 from expertune.distributed.parameters import Cut, ShardedParameter, cut_experts
 from expertune.distributed.sizes import local_experts
@@ -23,7 +24,7 @@ from expertune.integrations import experts as experts_integration
 from expertune.integrations.checkpoint_slices import fill_in_parts
 from expertune.integrations.saved_adapter import PREFIX
 from expertune.layers.backends import IMPLEMENTATIONS
-from expertune.layers.layout import is_experts_module, projection_names
+from expertune.layers.layout import is_experts_module, projection_names, read_projection
 
 Fill = Callable[[nn.Module, str, torch.dtype, torch.device, range, int], Iterator[set[str]]]
 """As `fill_in_parts`."""
@@ -55,14 +56,17 @@ def spread_model(
     device: torch.device,
     *,
     fill: Fill = fill_in_parts,
+    deep_ep: bool = False,
     **options: Any,
 ) -> list[ShardedParameter]:
     """Leave each process with its share of a skeleton with an adapter, on `device`; returns what trains, in order.
 
-    fill: what gives the weights their values, part by part. options: as given to `build_skeleton`.
-    Every process must call it. Raises ConfigError if experts do not divide, or if the checkpoint lacks a weight.
+    fill: what gives the weights their values, part by part. deep_ep: carry tokens by DeepEP; `close_transport` ends it.
+    options: as given to `build_skeleton`.
+    Every process must call it. Raises ConfigError if experts do not divide, if the checkpoint lacks a weight, or if
+    DeepEP cannot be used.
     """
-    num_experts = deal_out_experts(peft_model, mesh)
+    num_experts = deal_out_experts(peft_model, mesh, deep_ep=deep_ep)
     source = _empty_model(base_model, dtype, options)
     cut_experts_modules(source, mesh)
     each = num_experts // mesh.sizes.expert
@@ -139,7 +143,7 @@ def trainable_parameters(peft_model: Any, mesh: ParallelMesh) -> list[ShardedPar
     ]
 
 
-def deal_out_experts(peft_model: Any, mesh: ParallelMesh) -> int:
+def deal_out_experts(peft_model: Any, mesh: ParallelMesh, *, deep_ep: bool = False) -> int:
     """Give every experts module its `ExpertShard`, and cut the adapters on it; returns the experts of a layer, or 0."""
     sizes = mesh.sizes
     found = [(_plain(name), module) for name, module in peft_model.named_modules() if is_experts_module(module)]
@@ -160,8 +164,10 @@ def deal_out_experts(peft_model: Any, mesh: ParallelMesh) -> int:
                 f"experts_implementation: got {implementation}, which cannot share experts among processes; need one "
                 f"of {', '.join(IMPLEMENTATIONS)}, or expert_parallel_size: 1"
             )
-        num_local = local_experts(getattr(module, projection_names(module)[0]).shape[0], sizes, name)
-        shard = ExpertShard(mesh.wire(EXPERT, name), mesh.index(EXPERT), num_local)
+        num_local = local_experts(max(counts), sizes, name)
+    transport = _open_deep_ep([module for _, module in found], mesh, num_local) if deep_ep else AllToAll()
+    for name, module in found:
+        shard = ExpertShard(mesh.wire(EXPERT, name), mesh.index(EXPERT), num_local, transport)
         setattr(module, experts_integration.SHARD, shard)
     for _, wrapper in _wrappers_of_experts(peft_model):
         whole = wrapper.num_experts
@@ -176,6 +182,21 @@ def deal_out_experts(peft_model: Any, mesh: ParallelMesh) -> int:
                 linear.out_features, linear.in_features = part.shape
         wrapper.num_experts = whole // sizes.expert
     return max(counts)
+
+
+def _open_deep_ep(modules: list[nn.Module], mesh: ParallelMesh, num_local: int) -> Transport:
+    widths = set()
+    for module in modules:
+        up, down = (read_projection(module, name, None).weight_EYX for name in projection_names(module))
+        widths |= {up.shape[2], down.shape[1]}  # of the tokens that go out, of the results that come back
+    return open_deep_ep(mesh.wire(EXPERT, "the model"), num_local=num_local, widths=widths, dtype=up.dtype)
+
+
+def close_transport(peft_model: Any) -> None:
+    """End what carries tokens between the processes, after which the model cannot run. Every process must call it."""
+    shards = (getattr(module, experts_integration.SHARD, None) for module in peft_model.modules())
+    for transport in {shard.transport for shard in shards if shard is not None}:
+        transport.close()
 
 
 def cut_experts_modules(model: nn.Module, mesh: ParallelMesh) -> None:

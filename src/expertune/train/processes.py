@@ -26,10 +26,11 @@ def _world() -> int:
 def join_processes(config: TrainConfig) -> ParallelMesh | None:
     """Meet the other processes of the job; None where this is the only one.
 
-    Raises ConfigError if the sizes do not multiply to the number of processes, if one process sees several GPUs, or if
-    the machine has fewer GPUs than processes.
+    Raises ConfigError if the sizes do not multiply to the number of processes, if one process sees several GPUs, if
+    the machine has fewer GPUs than processes, or if what shall carry tokens to their experts cannot do so here.
     """
     world, local = _world(), int(os.environ.get("LOCAL_RANK", "0"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     sizes = sizes_for(
         world,
         expert=config.expert_parallel_size,
@@ -46,9 +47,8 @@ def join_processes(config: TrainConfig) -> ParallelMesh | None:
         return None
     raise_problems(f"{world} processes", several_processes(config), {})
     device_type = "cuda" if num_gpus else "cpu"
-    _check_backend(config.expert_parallel_backend, device_type)
+    _check_backend(config.expert_parallel_backend, device_type, sizes.expert, here)
     if num_gpus:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         if local >= num_gpus:
             raise ConfigError(
                 f"{here} processes were started on this machine, and it has {num_gpus} "
@@ -58,9 +58,17 @@ def join_processes(config: TrainConfig) -> ParallelMesh | None:
     return join_mesh(sizes, device_type, config.ddp_timeout)
 
 
-def _check_backend(backend: str | None, device_type: str) -> None:
+def _check_backend(backend: str | None, device_type: str, expert: int, here: int) -> None:
+    """expert: processes that share experts. here: processes of this machine."""
     needed = {"cuda": "nccl", "cpu": "gloo"}[device_type]
-    if backend not in (None, needed):
+    if backend == "deep_ep" and device_type == "cuda":
+        if here % expert:
+            raise ConfigError(
+                f"expert_parallel_backend, expert_parallel_size: deep_ep works within one machine, and {expert} does "
+                f"not divide its {in_words(here)}; change the size, or remove expert_parallel_backend to use NCCL's "
+                "all-to-all"
+            )
+    elif backend not in (None, needed):
         where = "on NVIDIA GPUs" if device_type == "cuda" else "on a machine without an NVIDIA GPU"
         raise ConfigError(f"expert_parallel_backend: got {backend}; need {needed} {where}; remove it")
 

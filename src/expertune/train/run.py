@@ -21,7 +21,7 @@ from expertune.errors import ConfigError, ExpertuneError, Interrupted
 from expertune.files import write_whole
 from expertune.integrations.audit import AdapterAudit, audit
 from expertune.integrations.saved_adapter import open_adapter, read_adapter
-from expertune.integrations.sharded_model import spread_model
+from expertune.integrations.sharded_model import close_transport, spread_model
 from expertune.integrations.shared_overlap import overlap_shared_experts
 from expertune.integrations.targets import summarise_trainable
 from expertune.layers.backends import AUTO, pick_backend
@@ -117,14 +117,20 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
         progress.close()
         records.close()
     if stop.stopped_by is not None:
-        leave_mesh()
+        _leave(model, mesh)
         raise _interrupted(stop.stopped_by, output_dir, trainer.state.global_step, resume_command)
     report.seconds = time.perf_counter() - start
     report.peak_memory_gib = largest(mesh, peak_memory_bytes() / 2**30)
     if is_first(mesh):
         write_whole(output_dir / REPORT, json.dumps(asdict(report), indent=2) + "\n")
-    leave_mesh()
+    _leave(model, mesh)
     return report
+
+
+def _leave(model: PeftModel, mesh: ParallelMesh | None) -> None:
+    if mesh is not None:
+        close_transport(model)
+    leave_mesh()
 
 
 def _open_output_dir(config: TrainConfig, output_dir: Path, resume: bool, console: Console) -> Path | None:
@@ -177,7 +183,13 @@ def _trainer(
     make: Callable[..., Trainer] = Trainer
     if mesh is not None:
         parameters = spread_model(
-            model, config.base_model, compute_dtype(config), mesh, args.device, **model_options(config)
+            model,
+            config.base_model,
+            compute_dtype(config),
+            mesh,
+            args.device,
+            deep_ep=config.expert_parallel_backend == "deep_ep",
+            **model_options(config),
         )
         make = partial(ShardedTrainer, mesh=mesh, parameters=parameters)
     trainer = make(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
+from expertune.distributed.sizes import DEEP_EP_SIZES
 from expertune.train.config.problems import Problem
 from expertune.train.config.schema import TrainConfig
 
@@ -16,7 +17,7 @@ _BY_VALUE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 def check_parallel(config: TrainConfig) -> Iterator[Problem]:
     """Problems that the file alone shows: it says that there are several processes."""
     if config.expert_parallel_backend == "deep_ep":
-        yield _deep_ep()
+        yield from _deep_ep(config)
     if config.fsdp_config:
         yield Problem(
             ("fsdp_config",), "FSDP2 has no options here: dp_shard_size says how many share each weight; remove it"
@@ -45,13 +46,21 @@ def several_processes(config: TrainConfig, because: tuple[str, ...] = ()) -> Ite
             yield Problem((name, *because), f"{name} is not supported in several processes; remove it")
 
 
-def _deep_ep() -> Problem:
+def _deep_ep(config: TrainConfig) -> Iterator[Problem]:
     if importlib.util.find_spec("deep_ep") is None:
-        return Problem(
+        yield Problem(
             ("expert_parallel_backend",),
             "got deep_ep, and the package deep_ep is not installed; remove the key to use NCCL's all-to-all",
         )
-    return Problem(
-        ("expert_parallel_backend",),
-        "got deep_ep, which this version cannot use yet; remove the key to use NCCL's all-to-all",
-    )
+    if config.expert_parallel_size not in DEEP_EP_SIZES:
+        yield Problem(
+            ("expert_parallel_backend", "expert_parallel_size"),
+            f"got deep_ep and {config.expert_parallel_size}; deep_ep works between 2, 4 or 8 processes of a machine; "
+            "change the size, or remove expert_parallel_backend to use NCCL's all-to-all",
+        )
+    if config.fp16 or config.bf16 is False:
+        yield Problem(
+            ("expert_parallel_backend", "fp16" if config.fp16 else "bf16"),
+            "got deep_ep, which adds up bf16 only; say bf16: true, or remove expert_parallel_backend to use NCCL's "
+            "all-to-all",
+        )

@@ -141,7 +141,7 @@ class ParallelKeys(ConfigModel):
         None, "copies of all that (default: as many as the processes that were started make)"
     )
     expert_parallel_backend: Literal["nccl", "gloo", "deep_ep"] | None = key(
-        None, "what carries tokens to their experts (default: nccl on GPUs, gloo without)"
+        None, "what carries tokens to their experts (default: nccl on GPUs, gloo without; deep_ep: docs/distributed.md)"
     )
     ddp_timeout: Positive = key(1800, "seconds after which a message between processes that does not come is an error")
     fsdp_config: Options | None = key(None, "options of FSDP; there are none here")
