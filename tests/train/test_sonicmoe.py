@@ -38,7 +38,13 @@ def test_the_key_decides_the_way(way: str, tmp_path: Path, monkeypatch: pytest.M
     seen: set[str] = set()
     run_mlp = mlp.sonicmoe_expert_mlp
     monkeypatch.setattr(mlp, "sonicmoe_expert_mlp", lambda *a, **k: seen.add(k["adapter"]) or run_mlp(*a, **k))
-    options = {"sequence_len": 32, "micro_batch_size": 1, "excess_length_strategy": "truncate", "max_steps": 2}
+    options = {
+        "sequence_len": 32,
+        "micro_batch_size": 1,
+        "excess_length_strategy": "truncate",
+        "max_steps": 1,
+        "warmup_steps": 0,
+    }
     _, printed = run(write_config(tmp_path, use_sonicmoe=True, sonicmoe_lora=way, **options))
     running._backend_for.cache_clear()
     assert seen == {way}

@@ -178,10 +178,9 @@ def test_a_tile_of_another_size_is_refused() -> None:
         LinearTile(rows=64, hopper=True)
 
 
-@pytest.mark.parametrize("options", ["--ranks 16", "--ranks 64 --bias"])
-def test_compiles_for_hopper_without_spills(options: str) -> None:
+def test_compiles_for_hopper_without_spills() -> None:
     script = Path(__file__).parents[4] / "benchmarks" / "registers.py"
-    command = [sys.executable, "-W", "ignore", str(script), "--hopper", *options.split()]
+    command = [sys.executable, "-W", "ignore", str(script), "--hopper", "--ranks", "64", "--bias"]  # the most registers
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
     assert done.returncode == 0, done.stderr
