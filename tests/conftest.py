@@ -1,5 +1,6 @@
 """Fixtures for every test: uninitialised memory is NaN, so that a value nobody wrote cannot pass."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -8,6 +9,13 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_garbage_collections() -> None:
+    """What a file of tests finds loaded is not looked through for garbage again: half a second of each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
