@@ -27,6 +27,10 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or what extensions leave to the last collection is reported as leaked
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
