@@ -37,9 +37,9 @@ from expertune.ops.experts.torch_grouped import (
 from expertune.ops.experts.types import Activation, ExpertLora, ExpertProjection
 from expertune.ops.integers import cdiv
 from expertune.ops.plan import ExpertPlan
+from expertune.ops.row_tables import CHUNK_ROWS
 
-CHUNK_ROWS = 1024  # scattermoe's: rows of one expert that one program sums (its tiles.CHUNK_ROWS, a test compares)
-TILE_ROWS = 128  # of its tiles
+TILE_ROWS = 128  # of scattermoe's tiles
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 

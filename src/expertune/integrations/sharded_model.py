@@ -157,14 +157,15 @@ def deal_out_experts(peft_model: Any, mesh: ParallelMesh, *, deep_ep: bool = Fal
             f"expert_parallel_size: layers have different numbers of experts ({', '.join(map(str, sorted(counts)))}); "
             "need 1"
         )
-    for name, module in found:
+    for _, module in found:
         implementation = getattr(module.config, "_experts_implementation", None)
         if implementation not in IMPLEMENTATIONS:
             raise ConfigError(
                 f"experts_implementation: got {implementation}, which cannot share experts among processes; need one "
                 f"of {', '.join(IMPLEMENTATIONS)}, or expert_parallel_size: 1"
             )
-        num_local = local_experts(max(counts), sizes, name)
+    num_experts = max(counts)
+    num_local = local_experts(num_experts, sizes, found[0][0])
     transport = _open_deep_ep([module for _, module in found], mesh, num_local) if deep_ep else AllToAll()
     for name, module in found:
         shard = ExpertShard(mesh.wire(EXPERT, name), mesh.index(EXPERT), num_local, transport)
@@ -181,7 +182,7 @@ def deal_out_experts(peft_model: Any, mesh: ParallelMesh, *, deep_ep: bool = Fal
                 linear.weight = nn.Parameter(part, requires_grad=weight.requires_grad)
                 linear.out_features, linear.in_features = part.shape
         wrapper.num_experts = whole // sizes.expert
-    return max(counts)
+    return num_experts
 
 
 def _open_deep_ep(modules: list[nn.Module], mesh: ParallelMesh, num_local: int) -> Transport:

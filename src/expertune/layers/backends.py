@@ -29,14 +29,12 @@ class Backend:
 
     name: as in `experts_implementation`. summary: one line for `expertune doctor`.
     min_capability: the CUDA capability it needs, None for any device. needs_triton: Triton, with gluon.
-    released: whether this version contains it.
     """
 
     name: str
     summary: str
     min_capability: tuple[int, int] | None = None
     needs_triton: bool = False
-    released: bool = True
 
 
 # On Hopper scattermoe runs the very kernels of sonicmoe, and elsewhere sonicmoe runs those of scattermoe: as long as no
@@ -58,7 +56,7 @@ comes after it runs only when it is asked for."""
 MIN_TRITON = (3, 6)
 _GLUON = Path("experimental", "gluon", "language", "nvidia", "hopper")  # in Triton's package
 
-IMPLEMENTATIONS = (AUTO, *(backend.name for backend in BACKENDS if backend.released))
+IMPLEMENTATIONS = (AUTO, *(backend.name for backend in BACKENDS))
 """The names that expertune registers with Transformers."""
 
 
@@ -76,9 +74,7 @@ def unavailable_reason(
     backend = next((backend for backend in BACKENDS if backend.name == name), None)
     if backend is None:
         raise ValueError(f"{name!r} is no expert backend; there are {', '.join([AUTO, *(b.name for b in BACKENDS)])}")
-    problems = [] if backend.released else [f"{name} is not part of this version of expertune"]
-    problems += _device_problems(backend, device_type)
-    problems += _triton_problems(backend)
+    problems = _device_problems(backend, device_type) + _triton_problems(backend)
     return f"{'; '.join(problems)}. Use {setting}: {AUTO}" if problems else None
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from expertune.ops.integers import cdiv
 
+CHUNK_ROWS = 1024  # rows of one expert that one program sums; an expert with more is shared among programs
+
 
 @dataclass(frozen=True)
 class RowTable:

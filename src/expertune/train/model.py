@@ -23,7 +23,7 @@ import expertune
 from expertune.errors import ConfigError, UnsupportedModelError
 from expertune.integrations.sharded_model import build_skeleton
 from expertune.integrations.targets import doubled_ranks
-from expertune.layers.backends import SONICMOE, SONICMOE_ADAPTERS
+from expertune.layers.backends import SONICMOE_ADAPTERS
 from expertune.train.config import TrainConfig
 from expertune.train.config.problems import nearest
 from expertune.train.data import CHATML, CHATML_TOKENS
@@ -121,8 +121,8 @@ def load_skeleton(config: TrainConfig) -> PreTrainedModel:
 
 def _experts_name(config: TrainConfig) -> str:
     """What the experts are called in Transformers' interface: sonicmoe has a name for each way of its own."""
-    name, adapter = config.experts_implementation, config.sonicmoe_lora
-    return next((each for each, way in SONICMOE_ADAPTERS.items() if name == SONICMOE and way == adapter), name)
+    ways = (name for name, way in SONICMOE_ADAPTERS.items() if way == config.sonicmoe_lora)
+    return next(ways, config.experts_implementation)  # sonicmoe_lora is None unless they run on sonicmoe
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> PeftModel:

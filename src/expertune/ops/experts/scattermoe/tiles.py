@@ -6,10 +6,8 @@ import triton.language as tl
 from expertune.ops.counting_sort import write_entries
 from expertune.ops.integers import next_power_of_2
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.row_tables import RowTable, RowTables, empty_row_tables
+from expertune.ops.row_tables import CHUNK_ROWS, RowTable, RowTables, empty_row_tables
 from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
-
-CHUNK_ROWS = 1024  # rows of one expert that one program sums; an expert with more is shared among programs
 
 __all__ = ["CHUNK_ROWS", "RowTable", "RowTables", "build_row_tables", "load_entry", "num_entries"]
 
