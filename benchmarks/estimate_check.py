@@ -28,7 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, Pretr
 
 from environment import environment
 from expertune.cli.quiet import quiet_libraries
-from expertune.estimate.layout import CUBLAS_BYTES, GIB, Layout, memory_on
+from expertune.distributed.sizes import ParallelSizes
+from expertune.estimate.gpus import GIB
+from expertune.estimate.layout import CUBLAS_BYTES, memory_on
 from expertune.estimate.ledger import Ledger, bytes_of
 from expertune.estimate.model import adapt_on_meta, compute_dtype_on_gpu, count
 from expertune.estimate.optimizers import optimizer_bytes
@@ -122,7 +124,7 @@ def estimated_bytes(case: Case, settings: Settings) -> int:
     model = count(built)
     step = step_of(settings, checkpointing=case.checkpointing, rows=case.rows)
     course = Paper(built).run(step)
-    return memory_on(Layout(), model, optimizer_bytes(settings.config.optimizer), course).allocated_bytes
+    return memory_on(ParallelSizes(), model, optimizer_bytes(settings.config.optimizer), course).allocated_bytes
 
 
 def make_trainer(case: Case, settings: Settings, device: str) -> Trainer:

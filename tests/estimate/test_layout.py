@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from expertune.distributed.sizes import ParallelSizes
 from expertune.estimate.layout import (
     CUBLAS_BYTES,
     FRAGMENTS,
     GATHERED_LAYERS,
     NCCL_BYTES,
     GpuMemory,
-    Layout,
     layouts_of,
     memory_on,
 )
@@ -48,7 +48,7 @@ def item(memory: GpuMemory, name: str) -> int:
 
 
 def test_one_gpu_holds_everything_at_the_highest_moment() -> None:
-    memory = memory_on(Layout(), MODEL, ADAMW, COURSE)
+    memory = memory_on(ParallelSizes(), MODEL, ADAMW, COURSE)
     assert memory.allocated_bytes == (880 + 40 + 80 + 410) * MIB + CUBLAS_BYTES
     assert item(memory, "optimizer states") == 80 * MIB
     assert item(memory, "gradients of adapters") == 40 * MIB, "the late moment is the highest"
@@ -58,54 +58,54 @@ def test_one_gpu_holds_everything_at_the_highest_moment() -> None:
 
 
 def test_shared_gradients_can_make_another_moment_the_highest() -> None:
-    memory = memory_on(Layout(expert_parallel=8), MODEL, ADAMW, COURSE)
+    memory = memory_on(ParallelSizes(expert=8), MODEL, ADAMW, COURSE)
     assert item(memory, "gradients of adapters") == 0, "100 + 270 + 4 + 8 is less than 400"
     assert item(memory, KEPT) == 400 * MIB
 
 
 def test_each_axis_shares_what_it_should() -> None:
-    experts = memory_on(Layout(expert_parallel=4), MODEL, ADAMW, COURSE)
+    experts = memory_on(ParallelSizes(expert=4), MODEL, ADAMW, COURSE)
     assert item(experts, "expert weights") == 200 * MIB
     assert item(experts, "other weights") == 80 * MIB
     assert item(experts, "expert adapters") == 8 * MIB
     assert item(experts, "optimizer states") == (2 + 2) * 8 * MIB
     assert item(experts, "NCCL") == NCCL_BYTES
 
-    shards = memory_on(Layout(expert_parallel=2, dp_shard=4), MODEL, ADAMW, COURSE)
+    shards = memory_on(ParallelSizes(expert=2, shard=4), MODEL, ADAMW, COURSE)
     assert item(shards, "expert weights") == 100 * MIB
     assert item(shards, "other weights") == 20 * MIB
     assert item(shards, "gathered layers") == GATHERED_LAYERS * (50 + 10) * MIB
     assert item(shards, "gathered embeddings and head") == 40 * MIB
     assert item(shards, "NCCL") == 2 * NCCL_BYTES
 
-    copies = memory_on(Layout(dp_replicate=4), MODEL, ADAMW, COURSE)
+    copies = memory_on(ParallelSizes(replicate=4), MODEL, ADAMW, COURSE)
     assert item(copies, "expert weights") == 800 * MIB
 
 
 def test_gradients_that_are_summed_over_gpus_pass_through_a_bucket() -> None:
     quiet = Course(({KEPT: MIB},), {KEPT: MIB})
 
-    def bucket(layout: Layout) -> int:
+    def bucket(layout: ParallelSizes) -> int:
         return item(memory_on(layout, MODEL, ADAMW, quiet), "gradients being summed over GPUs")
 
-    assert bucket(Layout()) == 0
-    assert bucket(Layout(expert_parallel=4)) == 8 * MIB, "attention's adapters are on every GPU"
-    assert bucket(Layout(dp_replicate=4)) == 40 * MIB
+    assert bucket(ParallelSizes()) == 0
+    assert bucket(ParallelSizes(expert=4)) == 8 * MIB, "attention's adapters are on every GPU"
+    assert bucket(ParallelSizes(replicate=4)) == 40 * MIB
     large = replace(MODEL, expert_adapters=2**30)
-    assert item(memory_on(Layout(dp_replicate=2), large, ADAMW, quiet), "gradients being summed over GPUs") == 2**28
+    assert item(memory_on(ParallelSizes(replicate=2), large, ADAMW, quiet), "gradients being summed over GPUs") == 2**28
 
 
 def test_an_update_that_copies_all_tensors_can_be_the_peak() -> None:
     quiet = Course(({KEPT: MIB},), {KEPT: MIB})
-    copying = memory_on(Layout(), MODEL, optimizer_bytes("adamw_torch"), quiet)
-    in_place = memory_on(Layout(), MODEL, ADAMW, quiet)
+    copying = memory_on(ParallelSizes(), MODEL, optimizer_bytes("adamw_torch"), quiet)
+    in_place = memory_on(ParallelSizes(), MODEL, ADAMW, quiet)
     assert copying.allocated_bytes - in_place.allocated_bytes == 40 * MIB
 
 
 def test_layouts_multiply_to_the_gpus_and_divide_the_experts() -> None:
     layouts = list(layouts_of(12, num_experts=8))
-    assert all(layout.num_gpus == 12 and 8 % layout.expert_parallel == 0 for layout in layouts)
-    assert {layout.expert_parallel for layout in layouts} == {1, 2, 4}
+    assert all(layout.world == 12 and 8 % layout.expert == 0 for layout in layouts)
+    assert {layout.expert for layout in layouts} == {1, 2, 4}
     assert len(set(layouts)) == len(layouts) == 6 + 4 + 2
 
 
@@ -120,13 +120,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-
 def test_the_smallest_layout_is_the_first_that_fits(plain) -> None:  # type: ignore[no-untyped-def]
     alone = estimate(plain, gpu_bytes=2**40)
     assert alone.smallest is not None
-    assert alone.smallest.layout == Layout()
+    assert alone.smallest.layout == ParallelSizes()
     assert alone.configured == alone.smallest
     below = estimate(plain, gpu_bytes=alone.configured.total_bytes - 1, num_gpus=4)
     exactly = estimate(plain, gpu_bytes=alone.configured.total_bytes, num_gpus=4)
     assert exactly.smallest is not None
-    assert exactly.smallest.layout == Layout()
-    assert below.smallest is None or below.smallest.layout.num_gpus > 1
+    assert exactly.smallest.layout == ParallelSizes()
+    assert below.smallest is None or below.smallest.layout.world > 1
     assert estimate(plain).smallest is None, "no GPU named"
 
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3MoeConfig
 
+from expertune.distributed.sizes import ParallelSizes
 from expertune.estimate.experts import plan_on_paper, scattermoe_on_paper
-from expertune.estimate.layout import GIB, Layout, memory_on
+from expertune.estimate.gpus import GIB
+from expertune.estimate.layout import memory_on
 from expertune.estimate.ledger import HEAD, Ledger
 from expertune.estimate.model import build_on_meta, count
 from expertune.estimate.optimizers import optimizer_bytes
@@ -52,7 +54,7 @@ def test_the_peak_of_twelve_layers_on_an_h200(tmp_path: Path, monkeypatch: pytes
     built = build_on_meta(config_of(tmp_path, model_config, lora_r=16))
     model = count(built)
     course = Paper(built).run(Step(2, 4096, torch.bfloat16, checkpointing=True, balance_coefficient=0.0))
-    estimated = memory_on(Layout(), model, optimizer_bytes("adamw_torch"), course).allocated_bytes
+    estimated = memory_on(ParallelSizes(), model, optimizer_bytes("adamw_torch"), course).allocated_bytes
     assert estimated / GIB == pytest.approx(float(measured["peak_gib"]), rel=0.02)
 
 

@@ -62,7 +62,8 @@ def local_experts(num_experts: int, sizes: ParallelSizes, layer: str) -> int:
     if rest:
         raise ConfigError(
             f"expert_parallel_size: {layer} has {num_experts} experts, and {num_experts} / {sizes.expert} = {each} "
-            f"remainder {rest}; need a size that divides them: {_divisors(num_experts)}"
+            f"remainder {rest}; need a size that divides them: "
+            f"{', '.join(map(str, divisors(num_experts)))}"
         )
     return each
 
@@ -76,5 +77,6 @@ def _way_out(needed: int) -> str:
     return f"start {needed} with `expertune launch CONFIG --nproc {needed}`, or change the sizes"
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
+def divisors(number: int) -> list[int]:
+    """All of them, the smallest first."""
+    return [each for each in range(1, number + 1) if number % each == 0]

@@ -12,6 +12,9 @@ Activations depend on the layout only in that expert parallelism keeps the rows 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from expertune.distributed.gradients import BUCKET_VALUES
+from expertune.distributed.sizes import ParallelSizes, divisors
+from expertune.estimate.gpus import GIB
 from expertune.estimate.ledger import (
     EXCHANGE,
     EXPERT_GRADIENTS,
@@ -27,30 +30,13 @@ from expertune.estimate.model import ModelBytes
 from expertune.estimate.optimizers import OptimizerBytes
 from expertune.estimate.step import Course
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 CUBLAS_BYTES = 2 * 32 * MIB  # torch's default on Hopper, for the thread of the forward and the one of the backward
 CONTEXT_BYTES = 3 * GIB // 4  # allowance: CUDA context, loaded kernels
 NCCL_BYTES = GIB // 2  # allowance: each communicator's channels, outside of torch's allocator
 FRAGMENTS = 0.05  # allowance: of what comes and goes
-BUCKET_BYTES = 256 * MIB  # as gradients are summed, that of one bucket
+BUCKET_BYTES = 4 * BUCKET_VALUES  # as gradients are summed, that of one bucket, in fp32
 GATHERED_LAYERS = 2  # FSDP2 gathers the next layer while one computes
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the three axes of the device mesh."""
-
-    expert_parallel: int = 1
-    dp_shard: int = 1
-    dp_replicate: int = 1
-
-    @property
-    def num_gpus(self) -> int:
-        """The product."""
-        return self.expert_parallel * self.dp_shard * self.dp_replicate
-
-    def __str__(self) -> str:
-        return f"{self.expert_parallel} x {self.dp_shard} x {self.dp_replicate}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +53,7 @@ class Item:
 class GpuMemory:
     """The memory of one GPU at the peak of a step."""
 
-    layout: Layout
+    layout: ParallelSizes
     items: tuple[Item, ...]
 
     @property
@@ -81,12 +67,12 @@ class GpuMemory:
         return sum(item.num_bytes for item in self.items)
 
 
-def memory_on(layout: Layout, model: ModelBytes, optimizer: OptimizerBytes, course: Course) -> GpuMemory:
+def memory_on(layout: ParallelSizes, model: ModelBytes, optimizer: OptimizerBytes, course: Course) -> GpuMemory:
     """Itemise a GPU's memory at the moment when most of it is used.
 
     course: of the step, run with the layout's expert parallelism.
     """
-    experts, others = 1 / (layout.expert_parallel * layout.dp_shard), 1 / layout.dp_shard
+    experts, others = 1 / (layout.expert * layout.shard), 1 / layout.shard
     expert_adapters, other_adapters = model.expert_adapters * experts, model.other_adapters * others
     gradients = {EXPERT_GRADIENTS: model.expert_adapters, OTHER_GRADIENTS: model.other_adapters}
     after: list[Mapping[str, float]] = [
@@ -110,7 +96,7 @@ def memory_on(layout: Layout, model: ModelBytes, optimizer: OptimizerBytes, cour
         *(Item(kind, _whole(peak[kind]), what) for kind, what in _WHAT.items() if peak.get(kind)),
     ]
     comes_and_goes = sum(item.num_bytes for item in moving)
-    axes = sum(size > 1 for size in (layout.expert_parallel, layout.dp_shard, layout.dp_replicate))
+    axes = sum(size > 1 for size in (layout.expert, layout.shard, layout.replicate))
     allowances = [
         Item("CUDA context", CONTEXT_BYTES, "allowance", allowance=True),
         Item("NCCL", axes * NCCL_BYTES, "allowance, for each axis", allowance=True),
@@ -120,14 +106,14 @@ def memory_on(layout: Layout, model: ModelBytes, optimizer: OptimizerBytes, cour
     return GpuMemory(layout, tuple(items))
 
 
-def layouts_of(num_gpus: int, num_experts: int) -> Iterator[Layout]:
+def layouts_of(num_gpus: int, num_experts: int) -> Iterator[ParallelSizes]:
     """Every layout of exactly so many GPUs whose expert axis divides the experts."""
-    for expert_parallel in _divisors(num_gpus):
+    for expert_parallel in divisors(num_gpus):
         if num_experts % expert_parallel:
             continue
         rest = num_gpus // expert_parallel
-        for dp_shard in _divisors(rest):
-            yield Layout(expert_parallel, dp_shard, rest // dp_shard)
+        for dp_shard in divisors(rest):
+            yield ParallelSizes(expert_parallel, dp_shard, rest // dp_shard)
 
 
 _UPDATE = "the optimizer's update"
@@ -149,24 +135,20 @@ def _shared(moment: Mapping[str, float], experts: float, others: float) -> dict[
     return {kind: size * shares.get(kind, 1) for kind, size in moment.items()}
 
 
-def _of_sharding(layout: Layout, model: ModelBytes) -> Iterator[Item]:
+def _of_sharding(layout: ParallelSizes, model: ModelBytes) -> Iterator[Item]:
     """What is whole for a while though it is shared."""
-    if layout.dp_shard > 1:
-        layer = model.largest_layer_experts / layout.expert_parallel + model.largest_layer_others
+    if layout.shard > 1:
+        layer = model.largest_layer_experts / layout.expert + model.largest_layer_others
         yield Item("gathered layers", _whole(GATHERED_LAYERS * layer), f"FSDP2: {GATHERED_LAYERS} at a time")
         yield Item("gathered embeddings and head", model.outside_layers, "FSDP2: during the whole step")
 
 
-def _bucket(layout: Layout, expert_adapters: float, other_adapters: float) -> float:
+def _bucket(layout: ParallelSizes, expert_adapters: float, other_adapters: float) -> float:
     """Gradients on their way to the GPUs that hold the same adapters, after the backward."""
-    travelling = other_adapters if layout.num_gpus > 1 else 0
-    travelling += expert_adapters if layout.dp_replicate > 1 else 0
+    travelling = other_adapters if layout.world > 1 else 0
+    travelling += expert_adapters if layout.replicate > 1 else 0
     return min(travelling, BUCKET_BYTES)
 
 
 def _whole(num_bytes: float) -> int:
     return rounded(int(num_bytes))
-
-
-def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from expertune.distributed.sizes import ParallelSizes, divisors
 from expertune.errors import ConfigError
-from expertune.estimate.layout import GpuMemory, Layout, layouts_of, memory_on
+from expertune.estimate.layout import GpuMemory, layouts_of, memory_on
 from expertune.estimate.model import EAGER, ModelBytes, build_on_meta, compute_dtype_on_gpu, count
 from expertune.estimate.optimizers import optimizer_bytes
 from expertune.estimate.step import Course, Paper, Rows, Step
@@ -101,11 +102,9 @@ def estimate(settings: Settings, *, gpu_bytes: int | None = None, num_gpus: int 
     built = build_on_meta(config)
     model, optimizer = count(built), optimizer_bytes(config.optimizer)
     paper = Paper(built)
-    layout = Layout(config.expert_parallel_size, config.dp_shard_size, getattr(config, "dp_replicate_size", 1) or 1)
-    if model.num_experts % layout.expert_parallel:
-        raise ConfigError(
-            f"expert_parallel_size: {model.num_experts} experts do not divide by {layout.expert_parallel}"
-        )
+    layout = ParallelSizes(config.expert_parallel_size, config.dp_shard_size, config.dp_replicate_size or 1)
+    if model.num_experts % layout.expert:
+        raise ConfigError(f"expert_parallel_size: {model.num_experts} experts do not divide by {layout.expert}")
     courses: dict[tuple[bool, int], Course] = {}
 
     def course(checkpointing: bool, expert_parallel: int) -> Course:
@@ -115,8 +114,8 @@ def estimate(settings: Settings, *, gpu_bytes: int | None = None, num_gpus: int 
             courses[key] = paper.run(step)
         return courses[key]
 
-    def on(layout: Layout, checkpointing: bool) -> GpuMemory:
-        return memory_on(layout, model, optimizer, course(checkpointing, layout.expert_parallel))
+    def on(layout: ParallelSizes, checkpointing: bool) -> GpuMemory:
+        return memory_on(layout, model, optimizer, course(checkpointing, layout.expert))
 
     wanted = config.gradient_checkpointing
     configured, other = on(layout, wanted), on(layout, not wanted).total_bytes
@@ -144,11 +143,10 @@ def estimate(settings: Settings, *, gpu_bytes: int | None = None, num_gpus: int 
     )
 
 
-def _smaller_first(num_gpus: int, model: ModelBytes) -> list[Layout]:
+def _smaller_first(num_gpus: int, model: ModelBytes) -> list[ParallelSizes]:
     """Layouts without copies: fewest GPUs first, then the one whose GPUs hold least of the frozen weights."""
-    sizes = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
-    layouts = [layout for size in sizes for layout in layouts_of(size, model.num_experts) if layout.dp_replicate == 1]
-    return sorted(layouts, key=lambda each: (each.num_gpus, each.dp_shard))
+    layouts = [each for n in divisors(num_gpus) for each in layouts_of(n, model.num_experts) if each.replicate == 1]
+    return sorted(layouts, key=lambda each: (each.world, each.shard))
 
 
 def _rows_of(config: TrainConfig) -> Rows:

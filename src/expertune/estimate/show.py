@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from expertune.estimate.layout import GIB, GpuMemory
+from expertune.estimate.gpus import GIB
+from expertune.estimate.layout import GpuMemory
 from expertune.estimate.run import Estimate
 
 
@@ -19,7 +20,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     table = Table(title="memory of one GPU at the peak of a training step, GiB")
     table.add_column("what")
     for memory in shown:
-        table.add_column(f"ep x shard x replicate\n{memory.layout}", justify="right", no_wrap=True)
+        table.add_column(f"ep x shard x replicate\n{_in_short(memory)}", justify="right", no_wrap=True)
     table.add_column("how", style="dim")
     for name, what in _lines(shown):
         table.add_row(name, *(_gib(_size(memory, name)) for memory in shown), what)
@@ -31,7 +32,7 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     console.print(f"{model.num_parameters:,} parameters, {model.num_trainable:,} trained")
     console.print(
         f"with gradient checkpointing {_gib(estimate.checkpointed_bytes)} GiB, "
-        f"without {_gib(estimate.plain_bytes)} GiB (layout {estimate.configured.layout})"
+        f"without {_gib(estimate.plain_bytes)} GiB (layout {_in_short(estimate.configured)})"
     )
     for note in estimate.settings.notes:
         console.print(f"assumed: {note}", markup=False)
@@ -63,8 +64,8 @@ def _verdict(estimate: Estimate) -> Iterator[str]:
     room = f"{estimate.gpu_bytes / GIB:.1f} GiB"
     found, least = estimate.smallest, estimate.least
     if found is not None:
-        copies = estimate.num_gpus // found.layout.num_gpus
-        yield f"smallest layout that fits {room} a GPU: {_keys(found)} ({found.layout.num_gpus} GPU(s))"
+        copies = estimate.num_gpus // found.layout.world
+        yield f"smallest layout that fits {room} a GPU: {_keys(found)} ({found.layout.world} GPU(s))"
         if copies > 1:
             yield f"on all {estimate.num_gpus}: the same with dp_replicate_size: {copies}"
     elif least is not None:
@@ -75,9 +76,13 @@ def _verdict(estimate: Estimate) -> Iterator[str]:
         yield "ways out: gradient_checkpointing: true, a smaller micro_batch_size or sequence_len, more GPUs"
 
 
+def _in_short(memory: GpuMemory) -> str:
+    return f"{memory.layout.expert} x {memory.layout.shard} x {memory.layout.replicate}"
+
+
 def _keys(memory: GpuMemory) -> str:
     layout = memory.layout
-    return f"expert_parallel_size: {layout.expert_parallel}, dp_shard_size: {layout.dp_shard}"
+    return f"expert_parallel_size: {layout.expert}, dp_shard_size: {layout.shard}"
 
 
 def _lines(memories: list[GpuMemory]) -> list[tuple[str, str]]:
@@ -96,9 +101,9 @@ def _size(memory: GpuMemory, name: str) -> int:
 def _memory_mapping(memory: GpuMemory) -> dict[str, Any]:
     layout = memory.layout
     return {
-        "expert_parallel_size": layout.expert_parallel,
-        "dp_shard_size": layout.dp_shard,
-        "dp_replicate_size": layout.dp_replicate,
+        "expert_parallel_size": layout.expert,
+        "dp_shard_size": layout.shard,
+        "dp_replicate_size": layout.replicate,
         "items": [{"name": i.name, "bytes": i.num_bytes, "allowance": i.allowance} for i in memory.items],
         "allocated_bytes": memory.allocated_bytes,
         "total_bytes": memory.total_bytes,
