@@ -52,13 +52,18 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         parameters = getattr(kernel, "params", ())
-        self._is_constant = tuple(parameter.is_constexpr for parameter in parameters)
-        self._is_general = tuple(parameter.do_not_specialize for parameter in parameters)
+        self._num_parameters = len(parameters)
+        self._constants = tuple(place for place, parameter in enumerate(parameters) if parameter.is_constexpr)
+        self._others = tuple(
+            (place, bool(parameter.do_not_specialize))
+            for place, parameter in enumerate(parameters)
+            if not parameter.is_constexpr
+        )
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
         ahead = _compiled_only.get()
-        if not self._is_constant:  # the interpreter
+        if not self._num_parameters:  # the interpreter
             if ahead is None:
                 self.kernel[grid](*args)
             return
@@ -76,12 +81,14 @@ class Launcher:
             compiled[(*grid, 1, 1)[:3]](*args)
 
     def _key(self, args: tuple[Any, ...], num_warps: int, num_stages: int) -> tuple[Any, ...]:
+        if len(args) != self._num_parameters:
+            raise TypeError(f"{self.kernel.__name__} takes {self._num_parameters} arguments, got {len(args)}")
         key: list[Any] = [torch.cuda.current_device(), num_warps, num_stages]
-        for arg, constant, general in zip(args, self._is_constant, self._is_general, strict=True):
+        key += [args[place] for place in self._constants]
+        for place, general in self._others:
+            arg = args[place]
             kind = type(arg)
-            if constant:
-                key.append(arg)
-            elif kind is int:  # wide, 1, a multiple of 16 or neither
+            if kind is int:  # wide, 1, a multiple of 16 or neither
                 wide = not -(2**31) <= arg < 2**31
                 key.append(64 if wide else 0 if general else 1 if arg == 1 else 16 if arg % 16 == 0 else 0)
             elif arg is None or kind is float:

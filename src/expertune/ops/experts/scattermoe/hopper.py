@@ -18,6 +18,7 @@ their tiles), two tiles ahead, so that nothing waits for it. A tile at most half
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton.language as tl
@@ -360,5 +361,10 @@ def _stack_descriptor(weight_EYX: Tensor, num_k: int) -> tuple[TensorDescriptor,
 
 
 def _descriptor(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, TRITON_DTYPES[tensor.dtype])
-    return TensorDescriptor(tensor, list(shape), list(strides), block, layout)
+    return TensorDescriptor(tensor, list(shape), list(strides), block, _layout(tuple(block), tensor.dtype))
+
+
+@cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """In shared memory. Kept, for to find it takes the host longer than a launch."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), TRITON_DTYPES[dtype])
