@@ -26,8 +26,9 @@ from expertune.ops.plan import ExpertPlan
 from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
 
 THIN_TILE = RowsTile(32, 256, num_warps=4)  # H200: 53 us; 64 x 256 with 8 warps 58, 128 x 128 57 to 65
-WIDE_TILE = RowsTile(128, 128, num_warps=4)  # ranks from 64 on. H200, rank 64: 91 us; 64 x 128 115, 64 x 256 133
+WIDE_TILE = RowsTile(64, 128, num_warps=4)  # ranks from 64 on. H200: 78 us; 128 x 128 86, 64 x 256 85, 32 x 256 99
 BLOCK_RANK = 64  # ranks of one program
+SLICE_COLUMNS = 32  # of which the last program adds the parts at a time
 
 
 @triton.jit
@@ -50,19 +51,37 @@ def load_chunk(chunks_ptr, capacity, row_fence_ptr, chunk, CHUNK_S: tl.constexpr
 
 
 @triton.jit
-def store_sum(acc, scale, out_ptrs, mask, parts_ptr, part_size, offsets, chunk, first_chunk, num_chunks, counter_ptr):
-    """Store `scale * acc`, or, if the expert has several chunks, let the last of them add up all of their parts."""
+def store_sum(
+    acc, scale, out_ptr, stride_r, stride_x, rank, parts_ptr, counter_ptr, first_column, end_column, ranks,
+    chunk, first_chunk, num_chunks, RANK: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr,
+    SLICE: tl.constexpr,
+):  # fmt: skip
+    """Store `scale * acc` [columns, ranks], or, if the expert has several chunks, let the last of them add up all.
+
+    It adds SLICE columns at a time, from memory: with all of them at once this, and not the sum, would decide how many
+    registers a program has (177 for 70 at rank 16, 219 for 123 at rank 64), and so how many run side by side.
+    """
+    columns = first_column + tl.arange(0, BLOCK_X)
     if num_chunks == 1:
-        tl.store(out_ptrs, (acc * scale).to(out_ptrs.dtype.element_ty), mask=mask)
+        out_ptrs = out_ptr + columns.to(tl.int64)[:, None] * stride_x + ranks.to(tl.int64)[None, :] * stride_r
+        mask = (columns < end_column)[:, None] & (ranks < rank)[None, :]
+        tl.store(out_ptrs, (acc * scale).to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        tl.store(parts_ptr + chunk.to(tl.int64) * part_size + offsets, acc, mask=mask)
+        part_size = end_column * RANK
+        parts_ptr += first_chunk.to(tl.int64) * part_size
+        own_ptrs = parts_ptr + (chunk - first_chunk).to(tl.int64) * part_size + columns[:, None] * RANK + ranks[None, :]
+        tl.store(own_ptrs, acc, mask=(columns < end_column)[:, None] & (ranks < rank)[None, :])
         if is_last(counter_ptr, num_chunks):
-            total = acc * 0.0
-            part_ptrs = parts_ptr + first_chunk.to(tl.int64) * part_size + offsets
-            for _ in tl.range(0, num_chunks):
-                total += tl.load(part_ptrs, mask=mask, other=0.0)
-                part_ptrs += part_size
-            tl.store(out_ptrs, (total * scale).to(out_ptrs.dtype.element_ty), mask=mask)
+            for start in tl.range(first_column, tl.minimum(first_column + BLOCK_X, end_column), SLICE):
+                some = start + tl.arange(0, SLICE)
+                mask = (some < end_column)[:, None] & (ranks < rank)[None, :]
+                part_ptrs = parts_ptr + some[:, None] * RANK + ranks[None, :]
+                total = tl.zeros((SLICE, BLOCK_R), dtype=tl.float32)
+                for _ in tl.range(0, num_chunks):
+                    total += tl.load(part_ptrs, mask=mask, other=0.0)
+                    part_ptrs += part_size
+                out_ptrs = out_ptr + some.to(tl.int64)[:, None] * stride_x + ranks.to(tl.int64)[None, :] * stride_r
+                tl.store(out_ptrs, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(launch_metadata=describe_rows("expert_sum", "width", "RANK"), do_not_specialize=["capacity"])
@@ -92,6 +111,7 @@ def _expert_sum_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SLICE: tl.constexpr,
 ):
     wait_for_earlier_kernels()
     block, chunk, num_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -117,14 +137,12 @@ def _expert_sum_kernel(
             left = (left.to(tl.float32) * p[:, None]).to(left.dtype)
         acc = tl.dot(values.T, left, acc, input_precision=PRECISION)
 
-    offsets = columns.to(tl.int64)[:, None] * RANK + ranks[None, :]
-    out_ptrs = sum_ptr + expert.to(tl.int64) * stride_sum_e
-    out_ptrs += columns.to(tl.int64)[:, None] * stride_sum_x + ranks.to(tl.int64)[None, :] * stride_sum_r
-    mask = in_width[:, None] & (ranks < rank)[None, :]
     counter_ptr = counters_ptr + (expert * tl.num_programs(2) + tl.program_id(2)) * num_blocks + block
+    out_ptr = sum_ptr + expert.to(tl.int64) * stride_sum_e
     store_sum(
-        acc, scaling, out_ptrs, mask, parts_ptr, RANK * width, offsets, chunk, first_chunk, num_chunks, counter_ptr
-    )
+        acc, scaling, out_ptr, stride_sum_r, stride_sum_x, rank, parts_ptr, counter_ptr, block * BLOCK_X, width, ranks,
+        chunk, first_chunk, num_chunks, RANK, BLOCK_X, BLOCK_R, SLICE,
+    )  # fmt: skip
 
 
 _expert_sum = Launcher(_expert_sum_kernel)
@@ -167,6 +185,6 @@ def launch_expert_sum(
         rows.index_S, p_S, scaling, out_ERX, *out_ERX.stride(),
         torch.empty(parts, padded, width, device=device, dtype=torch.float32), counters, plan.row_fence_F,
         chunks.entries_4M, chunks.capacity, width, out_ERX.shape[1], rows.index_S is not None, p_S is not None, padded,
-        precision(left_SR), chunks.block_rows, tile.rows, block_x, block_r,
+        precision(left_SR), chunks.block_rows, tile.rows, block_x, block_r, SLICE_COLUMNS,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
