@@ -2,6 +2,7 @@
 
     python benchmarks/registers.py                # sm_90, bf16, rank 16 and 64, the tile of the table
     python benchmarks/registers.py --hopper       # the kernel written for Hopper, which has one tile
+    python benchmarks/registers.py --gate         # SwiGLU with the adapters' work in its pass, for Hopper
     python benchmarks/registers.py --routing      # of routing and the plan; --variants: all that routing.py tries
     python benchmarks/registers.py --capability 80 --tile 128 128 32 --warps 8 --stages 3 --no-descriptors
 
@@ -27,9 +28,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from expertune.ops import plan
+from expertune.ops.experts.scattermoe import gate_hopper
 from expertune.ops.experts.scattermoe.hopper import NUM_WARPS, _hopper_linear_kernel
 from expertune.ops.experts.scattermoe.linear import BLOCK_RANK, GROUP_TILES, _expert_linear_kernel
-from expertune.ops.experts.scattermoe.tiling import HOPPER_TILE, LinearTile
+from expertune.ops.experts.scattermoe.tiles import CHUNK_ROWS
+from expertune.ops.experts.scattermoe.tiling import HOPPER_TILE, LinearTile, RowsTile
 from expertune.ops.plan import ExpertPlan
 from expertune.ops.triton_launch import Launcher
 
@@ -96,6 +99,22 @@ def hopper_arguments(rank: int, gather: bool, transposed: bool, bias: bool) -> t
         if name not in types and name not in constants:
             types[name] = "i32"
     return types, constants
+
+
+def gate_arguments(kernel: Any, rank: int, tile: RowsTile) -> tuple[dict[str, str], dict[str, Any]]:
+    """`arguments` for a kernel of `gate_hopper`."""
+    constants: dict[str, Any] = {
+        "RANK": rank, "RANK1": rank, "RANK2": rank, "TILE_ROWS": 128, "CHUNK_S": CHUNK_ROWS, "DTYPE": gl.bfloat16,
+        "BLOCK_S": tile.rows, "BLOCK_X": tile.columns,
+    }  # fmt: skip
+    rows = ("h_ptr", "a_ptr", "da_ptr", "dh_ptr", "p_ptr", "u1_ptr", "u2_ptr", "v2_ptr", "lora_a_ptr")
+    tables = ("tiles_ptr", "chunks_ptr", "row_fence_ptr", "counters_ptr")
+    types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= dict.fromkeys(rows, "*bf16") | dict.fromkeys(tables, "*i32")
+    types |= {"scaling1": "fp32", "scaling2": "fp32"}
+    names = kernel.arg_names
+    types = {name: types.get(name, "i32") for name in names if name not in constants}
+    return types, {name: value for name, value in constants.items() if name in names}
 
 
 def assemble(ptx: str, arch: str) -> str:
@@ -181,6 +200,7 @@ def main() -> None:
     parser.add_argument("--no-descriptors", action="store_true")
     parser.add_argument("--hopper", action="store_true")
     parser.add_argument("--bias", action="store_true", help="with --hopper")
+    parser.add_argument("--gate", action="store_true")
     parser.add_argument("--routing", action="store_true")
     parser.add_argument("--variants", action="store_true", help="with --routing")
     given = parser.parse_args()
@@ -189,6 +209,18 @@ def main() -> None:
             for (name, constants, _), (jit, args, warps) in routing_launches(experts, variants=given.variants).items():
                 said = compile_launch(jit, args, warps, given.capability)
                 print(f"E {experts:<4} {name:<24} {warps} warps {said}  {constants}", flush=True)
+        return
+    if given.gate:
+        for kernel, pick in (
+            (gate_hopper._swiglu_thin_kernel, gate_hopper.pick_forward_tile),
+            (gate_hopper._swiglu_backward_sums_kernel, gate_hopper.pick_backward_tile),
+        ):
+            for rank in given.ranks:
+                types, constants = gate_arguments(kernel, rank, pick(rank))
+                aligned = [name for name in types if name.endswith("_ptr") or name == "width"]
+                options = {"num_warps": pick(rank).num_warps}
+                figures = compile_and_read(kernel, types, constants, options, given.capability, aligned)
+                print(f"{kernel.fn.__name__:<30} rank {rank:<4} {figures}", flush=True)
         return
     for halves in (True,) if given.hopper else (False, True):
         tile = LinearTile(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expertune.ops.experts.gates import Gate
+from expertune.ops.experts.scattermoe.gate_hopper import AdapterSide
 from expertune.ops.experts.scattermoe.halves import down_backward, down_forward, up_backward, up_forward
 from expertune.ops.experts.scattermoe.products import Grads, Products
 from expertune.ops.experts.scattermoe.sums import RowsOf
@@ -105,10 +106,11 @@ def dry_run(call: Call, flat: Sequence[Tensor | None], num_tokens: int = NUM_TOK
     y_TH, u2_SR = down_forward(products, h_SJ, weights_TK, down, activation)
     if call.backward:
         needs = [like is not None and like[3] for like in call.parameters]
-        dh_SJ, *_ = down_backward(
-            products, h_SJ, weights_TK, u2_SR, down, activation, y_TH, (True, False, *needs[4:]), reuse_h=True
-        )  # fmt: skip
-        up_backward(products, x_TH, u1_SR, up, dh_SJ, (call.x_needs_grad, *needs[:4]))
+        u1 = AdapterSide(u1_SR, up.lora) if needs[3] and u1_SR is not None and up.lora else None
+        dh_SJ, *_, db_EJR = down_backward(
+            products, h_SJ, weights_TK, u2_SR, down, activation, y_TH, (True, False, *needs[4:]), reuse_h=True, u1=u1
+        )
+        up_backward(products, x_TH, u1_SR, up, dh_SJ, (call.x_needs_grad, *needs[:4]), db_EJR)
 
 
 class _LaunchesOnly(Products):
@@ -118,7 +120,7 @@ class _LaunchesOnly(Products):
         self,
         dout: RowsOf,
         v_SR: Tensor | None,
-        x: RowsOf,
+        x: RowsOf | None,
         u_SR: Tensor | None,
         projection: ExpertProjection,
         need: Sequence[bool],

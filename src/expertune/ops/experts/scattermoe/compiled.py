@@ -157,7 +157,7 @@ def expert_down_backward(
     down = unflatten_projection((weight_EHI, bias_EH, lora_a_ERI, lora_b_EHR), scaling)
     with at_home(h_SJ):
         products = _products(plan, top_k, sentinels, tile, weight_EHI)
-        grads = down_backward(
+        *grads, _ = down_backward(
             products, dense(h_SJ), weights_TK.contiguous(), u2_SR, down, _gate(gate), dy_TH, needs, reuse_h=False
         )
     return _as_outputs(grads, (h_SJ, weights_TK, weight_EHI, bias_EH, lora_a_ERI, lora_b_EHR))

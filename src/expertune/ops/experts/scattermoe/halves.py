@@ -7,16 +7,14 @@ so that torch.compile can trace an activation of its own between them. Formulas:
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from expertune.ops.experts.gates import Gate
+from expertune.ops.experts.scattermoe.between import activate, activate_backward
 from expertune.ops.experts.scattermoe.combine import combine
-from expertune.ops.experts.scattermoe.gate import swiglu, swiglu_backward
-from expertune.ops.experts.scattermoe.products import Products, bias_part, dense, packed
+from expertune.ops.experts.scattermoe.gate_hopper import AdapterSide
+from expertune.ops.experts.scattermoe.products import Products, bias_part, packed
 from expertune.ops.experts.scattermoe.sums import RowsOf
 from expertune.ops.experts.types import Activation, ExpertProjection
-from expertune.ops.plan import ExpertPlan
 
 
 def up_forward(products: Products, x_TH: Tensor, up: ExpertProjection) -> tuple[Tensor, Tensor | None]:
@@ -30,8 +28,8 @@ def down_forward(
     products: Products, h_SJ: Tensor, weights_TK: Tensor, down: ExpertProjection, activation: Activation | None
 ) -> tuple[Tensor, Tensor | None]:
     """(y [T, H], u2 [S, R'] or None) of h [S, J]. activation: None if h is a, the activation being done already."""
-    a, lora = RowsOf(_activated(h_SJ, activation, products.plan), None), packed(down)
-    u2_SR = products.thin(a, lora.a_ERX) if lora else None
+    lora = packed(down)
+    a, u2_SR = activate(products, h_SJ, activation, lora)
     z_SH = products.forward(a, down, lora, u2_SR)
     del a, lora
     return combine(z_SH, weights_TK, products.plan), u2_SR
@@ -48,29 +46,34 @@ def down_backward(
     needs: Sequence[bool],
     *,
     reuse_h: bool,
+    u1: AdapterSide | None = None,
 ) -> tuple[Any, ...]:
-    """Gradients of h (scaled by p), of the routing weights, and of weight, bias, A and B of `down`.
+    """Gradients of h (scaled by p), of the routing weights, of weight, bias, A and B of `down`, and of the other B.
 
-    needs: which of them; dh always comes, the others are None if not needed. reuse_h: dh may be written over h.
+    needs: which of the first six; dh always comes, the others are None if not needed. reuse_h: dh may be written over
+    h. u1: with the up projection's adapter, if the gradient of its B is wanted. Where that would cost a pass of its
+    own, it is None, and `up_backward` makes it.
     """
-    plan, (_, need_weights, *need_down) = products.plan, needs
-    dy, lora = products.rows_of(dy_TH, grouped=False), packed(down)
+    plan, (_, need_weights, *need_down), lora = products.plan, needs, packed(down)
+    need_weight, _, need_lora_a, _ = need_down
+    dy = products.rows_of(dy_TH, grouped=False)
     p_S = weights_TK.reshape(-1)[plan.slot_of_row_S]
     v2_SR = products.thin(dy, lora.b_EYR.transpose(1, 2)) if lora else None
     da_SI = products.input_grad(dy, down, lora, v2_SR)
     del lora
-    if isinstance(activation, Gate):
-        need_a = need_down[0] or (need_down[2] and down.lora is not None)
-        dh_SJ, a_SI, dweights_TK = swiglu_backward(
-            h_SJ, da_SI, p_S, plan, weights_dtype=weights_TK.dtype, need_a=need_a, reuse=reuse_h
-        )
-    else:
-        dh_SJ, a_SI, dweights_TK = _function_backward(activation, h_SJ, da_SI, p_S, weights_TK, plan)
+    v2 = AdapterSide(v2_SR, down.lora) if need_lora_a and v2_SR is not None and down.lora else None
+    between = activate_backward(
+        products, h_SJ, da_SI, p_S, weights_TK, activation, need_a=need_weight, reuse_h=reuse_h, v2=v2, u1=u1
+    )
     del da_SI
-    grads = products.parameter_grads(dy, v2_SR, RowsOf(a_SI, None), u2_SR, down, need_down, p_S)
-    if need_weights and down.bias_EY is not None:
+    a = None if between.a_SI is None else RowsOf(between.a_SI, None)
+    grads = products.parameter_grads(dy, v2_SR, a, u2_SR, down, need_down, p_S)
+    if between.lora_a_ERI is not None:
+        grads = grads._replace(a_ERX=between.lora_a_ERI)
+    dweights_TK = between.dweights_TK if need_weights else None
+    if dweights_TK is not None and down.bias_EY is not None:
         dweights_TK = dweights_TK + bias_part(dy.rows_NX, down.bias_EY, plan).to(dweights_TK.dtype)
-    return dh_SJ, dweights_TK if need_weights else None, *grads
+    return between.dh_SJ, dweights_TK, *grads, between.up_b_EJR
 
 
 def up_backward(
@@ -80,40 +83,16 @@ def up_backward(
     up: ExpertProjection,
     dh_SJ: Tensor,
     needs: Sequence[bool],
+    b_grad_EJR: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, and of weight, bias, A and B of `up`; None if not needed."""
+    """Gradients of x, and of weight, bias, A and B of `up`; None if not needed. b_grad: that of B, if it is there."""
     dx_TH, v1_SR, (need_x, *need_up) = None, None, needs
+    if b_grad_EJR is not None:
+        need_up[3] = False
     dh, x, lora = products.rows_of(dh_SJ, grouped=True), products.rows_of(x_TH, grouped=False), packed(up)
     if lora and (need_x or need_up[2]):
         v1_SR = products.thin(dh, lora.b_EYR.transpose(1, 2))
     if need_x:
         dx_TH = combine(products.input_grad(dh, up, lora, v1_SR), None, products.plan)
-    return dx_TH, *products.parameter_grads(dh, v1_SR, x, u1_SR, up, need_up)
-
-
-def _function_backward(
-    activation: Activation | None,
-    h_SJ: Tensor,
-    da_SI: Tensor,
-    p_S: Tensor,
-    weights_TK: Tensor,
-    plan: ExpertPlan,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh scaled by p, a, dweights) of an activation that is a plain function of torch, or None: a is h."""
-    dh_SJ, a_SI = da_SI * p_S.unsqueeze(1).to(da_SI.dtype), h_SJ
-    if activation is not None:
-        with torch.enable_grad():
-            leaf_SJ = h_SJ.detach().requires_grad_()
-            a_SI = activation(leaf_SJ)
-        (dh_SJ,) = torch.autograd.grad(a_SI, leaf_SJ, dh_SJ)
-    dp_S = (da_SI.float() * a_SI.detach()).sum(dim=-1)
-    if plan.has_sentinels:
-        dp_S = dp_S.masked_fill(plan.sentinel_rows().squeeze(1), 0)
-    dweights_TK = plan.to_slots(dp_S).view_as(weights_TK).to(weights_TK.dtype)
-    return dense(dh_SJ), dense(a_SI.detach()), dweights_TK
-
-
-def _activated(h_SJ: Tensor, activation: Activation | None, plan: ExpertPlan) -> Tensor:
-    if isinstance(activation, Gate):
-        return swiglu(h_SJ, plan)
-    return dense(h_SJ if activation is None else activation(h_SJ))
+    *grads, own_b_grad_EJR = products.parameter_grads(dh, v1_SR, x, u1_SR, up, need_up)
+    return dx_TH, *grads, own_b_grad_EJR if b_grad_EJR is None else b_grad_EJR

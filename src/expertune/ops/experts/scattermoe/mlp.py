@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from expertune.ops.experts.scattermoe.ahead import compile_ahead
 from expertune.ops.experts.scattermoe.compiled import traced_expert_mlp
+from expertune.ops.experts.scattermoe.gate_hopper import AdapterSide
 from expertune.ops.experts.scattermoe.halves import down_backward, down_forward, up_backward, up_forward
 from expertune.ops.experts.scattermoe.products import Products, at_home, check_devices, check_dtype, tensors_of
 from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
@@ -98,9 +99,10 @@ class _ScatterMoE(torch.autograd.Function):
         need_x, need_weights, *need_flat = ctx.needs_input_grad[1:]
         reuse_h = not torch._C._autograd._get_current_graph_task_keep_graph()
         with at_home(x_TH):
-            dh_SJ, dweights_TK, *grads_down = down_backward(
+            dh_SJ, dweights_TK, *grads_down, db1_EJR = down_backward(
                 products, h_SJ, weights_TK, u2_SR, down, options.activation, dy_TH,
                 (True, need_weights, *need_flat[4:]), reuse_h=reuse_h,
+                u1=AdapterSide(u1_SR, up.lora) if need_flat[3] and u1_SR is not None and up.lora else None,
             )  # fmt: skip
-            dx_TH, *grads_up = up_backward(products, x_TH, u1_SR, up, dh_SJ, (need_x, *need_flat[:4]))
+            dx_TH, *grads_up = up_backward(products, x_TH, u1_SR, up, dh_SJ, (need_x, *need_flat[:4]), db1_EJR)
         return None, dx_TH, dweights_TK, *grads_up, *grads_down

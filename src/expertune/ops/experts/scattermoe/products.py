@@ -126,23 +126,26 @@ class Products:
         self,
         dout: RowsOf,
         v_SR: Tensor | None,
-        x: RowsOf,
+        x: RowsOf | None,
         u_SR: Tensor | None,
         projection: ExpertProjection,
         need: Sequence[bool],
         p_S: Tensor | None = None,
     ) -> Grads:
-        """Gradients of weight, bias, A and B, each only if needed; p is a factor of every row, put on the thin side."""
+        """Gradients of weight, bias, A and B, each only if needed; p is a factor of every row, put on the thin side.
+
+        x: None if it is not there; then neither are the gradients of weight and A.
+        """
         lora, (need_weight, need_bias, need_a, need_b) = projection.lora, need
         dweight = dbias = da = db = None
         if need_weight or need_bias:  # full fine-tuning: torch's grouped products on gathered rows
             dout_SY = dout.gathered()
             if p_S is not None:
                 dout_SY = (dout_SY * p_S.unsqueeze(1)).to(dout_SY.dtype)
-            dweight = grouped_outer(dout_SY, x.gathered(), self.plan) if need_weight else None
+            dweight = grouped_outer(dout_SY, x.gathered(), self.plan) if need_weight and x else None
             ones_S8 = dout_SY.new_ones(self.plan.num_rows, 8)  # 8 columns: one would break grouped_mm's alignment rule
             dbias = grouped_outer(ones_S8, dout_SY, self.plan)[:, 0] if need_bias else None
-        if lora is not None and need_a and v_SR is not None:
+        if lora is not None and need_a and v_SR is not None and x:
             da = self.a_grad(v_SR, x, lora, p_S)
         if lora is not None and need_b and u_SR is not None:
             db = self.b_grad(u_SR, dout, lora, p_S)
