@@ -43,9 +43,10 @@ def test_queued_does_not_count_the_gaps_between_launches() -> None:
         return ()
 
     step()
-    idle = timer.idle(step)
+    # The shortest of several: other processes may be using the GPU.
+    idle = min((timer.idle(step) for _ in range(8)), key=lambda timing: timing.device_ms)
     assert idle.host_ms > 0
-    assert timer.queued(step, idle.host_ms) < idle.device_ms
+    assert min(timer.queued(step, idle.host_ms) for _ in range(8)) < idle.device_ms
 
 
 def test_sustained_times_are_near_the_queued_ones() -> None:
