@@ -8,7 +8,8 @@ weights of token t and e its experts:
 The inner sum is what the local backend computes anyway. So a token travels once to each process that has any of its
 experts, not once for each expert (K = 8 of 128 experts on 2 processes: 2 rows, not 8), with its K expert ids (local;
 -1, a sentinel, where another process has that expert) and its K routing weights; and one partial sum comes back.
-No token is dropped and no buffer is padded: the sizes are exchanged first, which the host waits for.
+No token is dropped and no buffer is padded: the sizes are exchanged first, which the host waits for (`recompute` has
+them from the forward).
 
 Backward is the mirror image: dy goes out as x did and dx and dp come back, each once for each process of a token.
 Partial sums are added in fp32 and in process order, so a run repeats bit for bit.
@@ -21,7 +22,7 @@ Here the rows travel by the process group's all-to-all; `deep_ep.py` has another
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.distributed.collectives import Wire
+from expertune.distributed.recompute import Recall
 from expertune.ops.plan import ExpertPlan, has_triton
 
 
@@ -60,8 +62,14 @@ class AllToAll:
 
     def send(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: "ExpertShard") -> "Arrived":
         """See `send_to_experts`."""
-        trip, ids_PK = _plan_trip(expert_ids_TK, shard)
-        x_RH, weights_RK, ids_RK = _ToExperts.apply(trip, ids_PK, x_TH, weights_TK)
+        trip = shard.recall.take()
+        if trip is None:
+            trip = _plan_trip(expert_ids_TK, shard)
+        else:
+            torch._assert_async((expert_ids_TK == trip.expert_ids_TK).all(), "recomputed tokens choose other experts")
+            if shard.meanwhile is not None:
+                shard.meanwhile()
+        x_RH, weights_RK, ids_RK = _ToExperts.apply(trip, x_TH, weights_TK)
         return Arrived(trip, x_RH, ids_RK, weights_RK)
 
     def close(self) -> None:
@@ -75,6 +83,7 @@ class ExpertShard:
     wire: the processes that share the layer's experts. index: this one's place among them. num_local: experts each.
     transport: what carries the tokens.
     meanwhile: what a transport calls in each forward where the host would only wait for the other processes.
+    recall: what a recomputation of the layer knows from its forward.
     """
 
     wire: Wire
@@ -82,6 +91,7 @@ class ExpertShard:
     num_local: int
     transport: Transport = AllToAll()
     meanwhile: Callable[[], None] | None = None
+    recall: "Recall[_AllToAllTrip]" = field(default_factory=Recall, compare=False)
 
     @property
     def experts(self) -> range:
@@ -127,12 +137,17 @@ def return_from_experts(y_RH: Tensor, arrived: Arrived) -> Tensor:
 class _AllToAllTrip:
     """Which tokens of this process go where, and how many rows come from where.
 
+    expert_ids_TK: what the tokens chose. ids_PK: int32, local expert ids of each row that is sent, -1 where another
+    process has the expert.
     token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
     sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
     send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
     """
 
     wire: Wire
+    recall: "Recall[_AllToAllTrip]"
+    expert_ids_TK: Tensor
+    ids_PK: Tensor
     token_of_row_P: Tensor
     sums: ExpertPlan
     send: tuple[int, ...]
@@ -143,8 +158,8 @@ class _AllToAllTrip:
         return _FromExperts.apply(self, y_RH)
 
 
-def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[_AllToAllTrip, Tensor]:
-    """The trip, and the local expert ids [P, K] int32 of the rows that are sent."""
+def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> _AllToAllTrip:
+    """Waits for the other processes."""
     num_tokens, num_owners = expert_ids_TK.shape[0], shard.wire.size
     owner_TK = expert_ids_TK.div(shard.num_local, rounding_mode="floor")
     if not owner_TK.is_cuda and num_tokens and not 0 <= int(owner_TK.min()) <= int(owner_TK.max()) < num_owners:
@@ -175,7 +190,8 @@ def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> tuple[_AllToAllTrip
     token_P, slot_P = token_M[: sum(send)], slot_M[: sum(send)]
     sums = ExpertPlan(num_tokens, num_owners, 1, slot_P, row_of_slot_M, token_P, fence, has_sentinels=True)
     num_pairs = sum(pairs for _, pairs in received)
-    return _AllToAllTrip(shard.wire, token_P, sums, send, receive, num_pairs), ids_MK[: sum(send)]
+    ids_PK = ids_MK[: sum(send)]
+    return _AllToAllTrip(shard.wire, shard.recall, expert_ids_TK, ids_PK, token_P, sums, send, receive, num_pairs)
 
 
 def _add_up(rows_PX: Tensor, trip: _AllToAllTrip) -> Tensor:
@@ -190,12 +206,13 @@ def _add_up(rows_PX: Tensor, trip: _AllToAllTrip) -> Tensor:
 
 
 class _ToExperts(torch.autograd.Function):
-    """Inputs: the trip, ids [P, K] int32, x [T, H], weights [T, K]. Ids and weights share a message, bit for bit."""
+    """Inputs: the trip, x [T, H], weights [T, K]. Ids and weights share a message, bit for bit."""
 
     @staticmethod
-    def forward(ctx, trip, ids_PK, x_TH, weights_TK):  # type: ignore[no-untyped-def]
+    def forward(ctx, trip, x_TH, weights_TK):  # type: ignore[no-untyped-def]
         ctx.trip = trip
-        wire, rows, top_k = trip.wire, trip.token_of_row_P, ids_PK.shape[1]
+        wire, rows, ids_PK = trip.wire, trip.token_of_row_P, trip.ids_PK
+        top_k = ids_PK.shape[1]
         wide = torch.promote_types(weights_TK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
         packed_P = torch.cat((ids_PK, weights_TK[rows].to(wide).view(torch.int32)), dim=1)
         packed_R = wire.exchange_rows(packed_P, trip.send, trip.receive, "sending expert ids and routing weights")
@@ -208,7 +225,8 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_RH, dweights_RK, _):  # type: ignore[no-untyped-def]
-        trip, (_, _, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
+        trip, (_, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
+        trip.recall.drop(trip)
         dx_TH = dweights_TK = None
         if need_x:
             dx_PH = trip.wire.exchange_rows(dx_RH, trip.receive, trip.send, "returning gradients of tokens")
@@ -216,7 +234,7 @@ class _ToExperts(torch.autograd.Function):
         if need_weights:
             what = "returning gradients of routing weights"
             dweights_TK = _add_up(trip.wire.exchange_rows(dweights_RK, trip.receive, trip.send, what), trip)
-        return None, None, dx_TH, dweights_TK
+        return None, dx_TH, dweights_TK
 
 
 class _FromExperts(torch.autograd.Function):
@@ -231,5 +249,6 @@ class _FromExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_TH):  # type: ignore[no-untyped-def]
         trip = ctx.trip
+        trip.recall.leave(trip)
         rows_PH = dy_TH[trip.token_of_row_P]
         return None, trip.wire.exchange_rows(rows_PH, trip.send, trip.receive, "sending gradients of results")
