@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from expertune.distributed.collectives import Wire
 from expertune.distributed.recompute import Recall
+from expertune.ops.destinations import find_destinations
 from expertune.ops.plan import ExpertPlan, has_triton
 
 
@@ -161,36 +161,22 @@ class _AllToAllTrip:
 def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> _AllToAllTrip:
     """Waits for the other processes."""
     num_tokens, num_owners = expert_ids_TK.shape[0], shard.wire.size
-    owner_TK = expert_ids_TK.div(shard.num_local, rounding_mode="floor")
-    if not owner_TK.is_cuda and num_tokens and not 0 <= int(owner_TK.min()) <= int(owner_TK.max()) < num_owners:
+    # All that does not need the sizes comes before the wait for them, after which the device has nothing else to do.
+    found = find_destinations(expert_ids_TK, num_owners, shard.num_local)
+    what = "exchange of the dispatch's sizes"
+    sent, received = shard.wire.exchange_counts(found.counts_N2, what, meanwhile=shard.meanwhile)
+    if sum(pairs for _, pairs in sent) != expert_ids_TK.numel():
         raise ValueError(
             f"expert_ids_TK: ids span {int(expert_ids_TK.min())} to {int(expert_ids_TK.max())}, need 0 to "
             f"{shard.num_experts - 1}"
         )
-    pairs_TN = torch.zeros(num_tokens, num_owners, dtype=torch.int64, device=owner_TK.device)
-    pairs_TN.scatter_add_(1, owner_TK, torch.ones_like(owner_TK))
-    goes_TN = pairs_TN > 0
-    # All that does not need the sizes comes before the wait for them, after which the device has nothing else to do.
-    goes_M = goes_TN.T.reshape(-1)  # by destination, then by token
-    num_most = goes_M.numel()
-    # Where each that goes lands; all others share a place behind the end. (torch.nonzero would wait once more.)
-    place_M = torch.where(goes_M, goes_M.cumsum(0) - 1, num_most)
-    index_M = torch.arange(num_most, device=goes_M.device)
-    index_M = index_M.new_zeros(num_most + 1).scatter_(0, place_M, index_M)[:num_most]
-    token_M, owner_M = index_M % max(num_tokens, 1), index_M // max(num_tokens, 1)
-    ids_MK = expert_ids_TK[token_M] - (owner_M * shard.num_local).unsqueeze(1)
-    ids_MK = torch.where((ids_MK >= 0) & (ids_MK < shard.num_local), ids_MK, -1).to(torch.int32)
-    slot_M = token_M * num_owners + owner_M
-    row_of_slot_M = place_M.view(num_owners, num_tokens).T.reshape(-1)
-    fence = F.pad(goes_M.sum().to(torch.int32).view(1), (1, 0))
-    counts_N2 = torch.stack((goes_TN.sum(0), pairs_TN.sum(0)), dim=1)
-    what = "exchange of the dispatch's sizes"
-    sent, received = shard.wire.exchange_counts(counts_N2, what, meanwhile=shard.meanwhile)
     send, receive = (tuple(rows for rows, _ in half) for half in (sent, received))
-    token_P, slot_P = token_M[: sum(send)], slot_M[: sum(send)]
-    sums = ExpertPlan(num_tokens, num_owners, 1, slot_P, row_of_slot_M, token_P, fence, has_sentinels=True)
+    num_sent = sum(send)
+    token_P, slot_P, ids_PK = (each[:num_sent] for each in (found.token_M, found.slot_M, found.ids_MK))
+    sums = ExpertPlan(
+        num_tokens, num_owners, 1, slot_P, found.row_of_slot_M, token_P, found.fence_2, has_sentinels=True
+    )
     num_pairs = sum(pairs for _, pairs in received)
-    ids_PK = ids_MK[: sum(send)]
     return _AllToAllTrip(shard.wire, shard.recall, expert_ids_TK, ids_PK, token_P, sums, send, receive, num_pairs)
 
 
@@ -214,9 +200,10 @@ class _ToExperts(torch.autograd.Function):
         wire, rows, ids_PK = trip.wire, trip.token_of_row_P, trip.ids_PK
         top_k = ids_PK.shape[1]
         wide = torch.promote_types(weights_TK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
+        # Tokens first: while they travel, the host gets the rest ready.
+        x_RH = wire.exchange_rows(x_TH[rows], trip.send, trip.receive, "sending tokens")
         packed_P = torch.cat((ids_PK, weights_TK[rows].to(wide).view(torch.int32)), dim=1)
         packed_R = wire.exchange_rows(packed_P, trip.send, trip.receive, "sending expert ids and routing weights")
-        x_RH = wire.exchange_rows(x_TH[rows], trip.send, trip.receive, "sending tokens")
         ids_RK = packed_R[:, :top_k].to(torch.int64)
         weights_RK = packed_R[:, top_k:].contiguous().view(wide).to(weights_TK.dtype)
         ctx.mark_non_differentiable(ids_RK)
