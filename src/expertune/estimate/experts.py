@@ -40,6 +40,7 @@ from expertune.ops.plan import ExpertPlan
 from expertune.ops.row_tables import CHUNK_ROWS
 
 TILE_ROWS = 128  # of scattermoe's tiles
+ONE_PASS_RANK = 64  # up to which padded rank Hopper's backward of SwiGLU makes two adapters' gradients as well
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
@@ -106,12 +107,16 @@ def scattermoe_on_paper(
     activation: Activation,
     *,
     num_local: int | None = None,
+    on_hopper: bool = True,
 ) -> Tensor:
     """`scattermoe_expert_mlp` without its kernels; gradients are shapes too.
 
     num_local: of the experts, those that this process has (all of them if None): what is packed for the kernels.
+    on_hopper: with the kernels that only Hopper has, which need a little more: the gradient of the up projection's B
+    is there before dx.
     """
-    options = _Options(ledger, plan, activation, (scaling_of(up), scaling_of(down)), num_local or plan.num_experts)
+    scalings, num_local = (scaling_of(up), scaling_of(down)), num_local or plan.num_experts
+    options = _Options(ledger, plan, activation, scalings, num_local, on_hopper)
     tensors = (x_TH, weights_TK.contiguous(), *flatten_projection(up), *flatten_projection(down))
     return _ScatterMoE.apply(options, *tensors)
 
@@ -125,6 +130,7 @@ class _Options:
     activation: Activation
     scalings: tuple[float, float]
     num_local: int
+    on_hopper: bool
 
     @property
     def num_rows(self) -> int:
@@ -160,9 +166,11 @@ class _ScatterMoE(torch.autograd.Function):
         down = unflatten_projection(flat[4:], options.scalings[1])
         need_x, need_weights, *need_flat = ctx.needs_input_grad[1:]
         with options.ledger.scope(EXPERTS, passing=True), _no_autocast(x_TH):
-            dh_SJ, dweights_TK, *grads_down = _down_backward(options, dy_TH, h_SJ, weights_TK, down, need_flat[4:])
+            dh_SJ, dweights_TK, *grads_down, db1 = _down_backward(
+                options, dy_TH, h_SJ, weights_TK, (up, down), need_flat
+            )
             del h_SJ
-            dx_TH, *grads_up = _up_backward(options, dh_SJ, up, need_x, need_flat[:4])
+            dx_TH, *grads_up = _up_backward(options, dh_SJ, up, need_x, need_flat[:4], db1)
         return None, dx_TH, dweights_TK if need_weights else None, *grads_up, *grads_down
 
 
@@ -183,26 +191,65 @@ def _project(options: _Options, rows: Tensor, projection: ExpertProjection) -> t
 
 
 def _down_backward(
-    options: _Options, dy_TH: Tensor, h_SJ: Tensor, weights_TK: Tensor, down: ExpertProjection, need: Any
+    options: _Options,
+    dy_TH: Tensor,
+    h_SJ: Tensor,
+    weights_TK: Tensor,
+    projections: tuple[ExpertProjection, ExpertProjection],
+    need: Any,
 ) -> tuple[Any, ...]:
+    """Last: the gradient of the up projection's B, where it comes out of the same pass."""
+    up, down = projections
     packed = _packed(options, down)
     p_S = weights_TK.reshape(-1).new_empty(options.num_rows)
     v2_SR = _thin(dy_TH, options, down)
     da_SI = dy_TH.new_empty(options.num_rows, down.weight_EYX.shape[2])
     del packed
+    need_down, da2, db1 = list(need[4:]), None, None
     if isinstance(options.activation, Gate):  # dh goes over h, a over da
-        dh_SJ, a_SI, dweights_TK = h_SJ, da_SI, torch.empty_like(weights_TK)
+        dh_SJ, dweights_TK = h_SJ, torch.empty_like(weights_TK)
+        a_SI: Tensor | None = da_SI
+        if _in_one_pass(options, h_SJ, up, down, need):
+            da2, db1 = _grads_in_one_pass(options, h_SJ, up, down)
+            need_down[2], a_SI = False, None
     else:
         dh_SJ, a_SI, dweights_TK = _function_backward(options.activation, h_SJ, da_SI, p_S, weights_TK)
     del da_SI
-    grads = _parameter_grads(options, dy_TH, down, need)
+    dweight, dbias, own_da2, db2 = _parameter_grads(options, dy_TH, down, need_down)
     del a_SI, v2_SR  # as long as the sums run
-    return dh_SJ, dweights_TK, *grads
+    return dh_SJ, dweights_TK, dweight, dbias, own_da2 if da2 is None else da2, db2, db1
+
+
+def _in_one_pass(options: _Options, h_SJ: Tensor, up: ExpertProjection, down: ExpertProjection, need: Any) -> bool:
+    """What `between` and `gate_hopper.takes` ask."""
+    if not options.on_hopper or up.lora is None or down.lora is None or not (need[3] and need[6]) or need[4]:
+        return False
+    ranks = (pad_rank(up.lora.rank), pad_rank(down.lora.rank))
+    return h_SJ.dtype.itemsize == 2 and len(h_SJ) > 0 and h_SJ.shape[1] % 32 == 0 and max(ranks) <= ONE_PASS_RANK
+
+
+def _grads_in_one_pass(
+    options: _Options, h_SJ: Tensor, up: ExpertProjection, down: ExpertProjection
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the down projection's A and of the up projection's B; dp comes in parts of some columns."""
+    assert up.lora is not None
+    assert down.lora is not None
+    with options.ledger.scope(EXPERT_GRADIENTS):
+        da = torch.empty_like(down.lora.a_ERX, memory_format=torch.contiguous_format)
+        db_ERY = torch.empty_like(up.lora.b_EYR.transpose(1, 2), memory_format=torch.contiguous_format)
+    width = h_SJ.shape[1] // 2
+    parts = [_parts(options, h_SJ, down.lora, width), _parts(options, h_SJ, up.lora, 2 * width)]
+    columns = 64 if pad_rank(max(up.lora.rank, down.lora.rank)) == ONE_PASS_RANK else 128
+    dp_NS = h_SJ.new_empty(cdiv(width, columns), options.num_rows, dtype=torch.float32)
+    del parts, dp_NS
+    with options.ledger.scope(EXPERT_GRADIENTS):
+        return da, _laid_out(db_ERY, up.lora)
 
 
 def _up_backward(
-    options: _Options, dh_SJ: Tensor, up: ExpertProjection, need_x: bool, need: Any
+    options: _Options, dh_SJ: Tensor, up: ExpertProjection, need_x: bool, need: Any, db: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    """db: the gradient of B, if it is there."""
     packed, dx_TH = _packed(options, up), None
     v1_SR = _thin(dh_SJ, options, up)
     width = up.weight_EYX.shape[2]
@@ -210,9 +257,9 @@ def _up_backward(
         drows_SH = dh_SJ.new_empty(options.num_rows, width)
         dx_TH = dh_SJ.new_empty(options.plan.num_tokens, width)
         del drows_SH
-    grads = _parameter_grads(options, dh_SJ, up, need)
+    *grads, own_db = _parameter_grads(options, dh_SJ, up, (*need[:3], need[3] and db is None))
     del packed, v1_SR
-    return dx_TH, *grads
+    return dx_TH, *grads, own_db if db is None else db
 
 
 def _function_backward(
@@ -242,18 +289,23 @@ def _parameter_grads(
         if lora is not None and need_b:
             db_ERY = torch.empty_like(lora.b_EYR.transpose(1, 2), memory_format=torch.contiguous_format)
             _parts(options, rows, lora, lora.b_EYR.shape[1])
-            db = torch.empty_like(lora.b_EYR)
-            if db.stride() == db_ERY.transpose(1, 2).stride():
-                db = db_ERY.transpose(1, 2)
+            db = _laid_out(db_ERY, lora)
     return None, None, da, db
 
 
-def _parts(options: _Options, like: Tensor, lora: ExpertLora, width: int) -> None:
+def _laid_out(db_ERY: Tensor, lora: ExpertLora) -> Tensor:
+    """The gradient of B with its strides."""
+    db_EYR = torch.empty_like(lora.b_EYR)
+    return db_ERY.transpose(1, 2) if db_EYR.stride() == db_ERY.transpose(1, 2).stride() else db_EYR
+
+
+def _parts(options: _Options, like: Tensor, lora: ExpertLora, width: int) -> Tensor | None:
     """The room that the sum over an expert's rows has for its parts."""
-    if options.num_rows > CHUNK_ROWS:
-        capacity = cdiv(options.num_rows, CHUNK_ROWS) + options.num_local
-        with options.ledger.scope(EXPERTS):
-            like.new_empty(capacity, pad_rank(lora.rank), width, dtype=torch.float32)
+    if options.num_rows <= CHUNK_ROWS:
+        return None
+    capacity = cdiv(options.num_rows, CHUNK_ROWS) + options.num_local
+    with options.ledger.scope(EXPERTS):
+        return like.new_empty(capacity, pad_rank(lora.rank), width, dtype=torch.float32)
 
 
 def _packed(options: _Options, projection: ExpertProjection) -> tuple[Tensor, Tensor] | None:
