@@ -32,7 +32,13 @@ from expertune.ops.experts.scattermoe import gate_hopper
 from expertune.ops.experts.scattermoe.hopper import NUM_WARPS, _hopper_linear_kernel
 from expertune.ops.experts.scattermoe.linear import BLOCK_RANK, GROUP_TILES, _expert_linear_kernel
 from expertune.ops.experts.scattermoe.tiles import CHUNK_ROWS
-from expertune.ops.experts.scattermoe.tiling import HOPPER_TILE, LinearTile, RowsTile
+from expertune.ops.experts.scattermoe.tiling import (
+    HOPPER_TILE,
+    LinearTile,
+    RowsTile,
+    pick_backward_tile,
+    pick_forward_tile,
+)
 from expertune.ops.plan import ExpertPlan
 from expertune.ops.triton_launch import Launcher
 
@@ -212,8 +218,8 @@ def main() -> None:
         return
     if given.gate:
         for kernel, pick in (
-            (gate_hopper._swiglu_thin_kernel, gate_hopper.pick_forward_tile),
-            (gate_hopper._swiglu_backward_sums_kernel, gate_hopper.pick_backward_tile),
+            (gate_hopper._swiglu_thin_kernel, pick_forward_tile),
+            (gate_hopper._swiglu_backward_sums_kernel, pick_backward_tile),
         ):
             for rank in given.ranks:
                 types, constants = gate_arguments(kernel, rank, pick(rank))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from expertune.estimate.experts import CHUNK_ROWS, ONE_PASS_RANK, plan_on_paper, scattermoe_on_paper
+from expertune.estimate.experts import CHUNK_ROWS, plan_on_paper, scattermoe_on_paper
 from expertune.estimate.ledger import EXPERTS, Ledger
 from expertune.ops.experts.gates import SWIGLU
 from expertune.ops.experts.types import Activation, ExpertLora, ExpertProjection
@@ -109,10 +109,14 @@ def test_the_rows_of_a_chunk_are_the_kernels() -> None:
 
 
 def test_the_one_pass_is_the_kernels() -> None:
+    from expertune.estimate import experts
     from expertune.ops.experts.scattermoe import gate_hopper
 
-    assert ONE_PASS_RANK == gate_hopper.MAX_RANK
+    assert experts.fits_one_pass is gate_hopper.fits_one_pass
+    assert experts.pick_backward_tile is gate_hopper.pick_backward_tile
     assert [gate_hopper.pick_backward_tile(rank).columns for rank in (16, 64)] == [128, 64]
+    h_SJ = torch.empty(1, 32, dtype=torch.bfloat16)
+    assert [gate_hopper.fits_one_pass(h_SJ, rank) for rank in (64, 128)] == [True, False]
 
 
 def test_what_outlives_the_experts_is_no_workspace_of_theirs() -> None:

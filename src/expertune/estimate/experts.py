@@ -27,7 +27,7 @@ from expertune.integrations.gates import activation_of
 from expertune.layers.backends import TORCH_GROUPED
 from expertune.layers.layout import projection_names, read_projection
 from expertune.ops.experts.gates import Gate
-from expertune.ops.experts.scattermoe.tiling import pad_rank
+from expertune.ops.experts.scattermoe.tiling import fits_one_pass, pad_rank, pick_backward_tile
 from expertune.ops.experts.torch_grouped import (
     flatten_projection,
     grouped_expert_mlp,
@@ -40,7 +40,6 @@ from expertune.ops.plan import ExpertPlan
 from expertune.ops.row_tables import CHUNK_ROWS
 
 TILE_ROWS = 128  # of scattermoe's tiles
-ONE_PASS_RANK = 64  # up to which padded rank Hopper's backward of SwiGLU makes two adapters' gradients as well
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
@@ -221,11 +220,10 @@ def _down_backward(
 
 
 def _in_one_pass(options: _Options, h_SJ: Tensor, up: ExpertProjection, down: ExpertProjection, need: Any) -> bool:
-    """What `between` and `gate_hopper.takes` ask."""
+    """What `between` asks."""
     if not options.on_hopper or up.lora is None or down.lora is None or not (need[3] and need[6]) or need[4]:
         return False
-    ranks = (pad_rank(up.lora.rank), pad_rank(down.lora.rank))
-    return h_SJ.dtype.itemsize == 2 and len(h_SJ) > 0 and h_SJ.shape[1] % 32 == 0 and max(ranks) <= ONE_PASS_RANK
+    return fits_one_pass(h_SJ, pad_rank(up.lora.rank), pad_rank(down.lora.rank))
 
 
 def _grads_in_one_pass(
@@ -239,8 +237,8 @@ def _grads_in_one_pass(
         db_ERY = torch.empty_like(up.lora.b_EYR.transpose(1, 2), memory_format=torch.contiguous_format)
     width = h_SJ.shape[1] // 2
     parts = [_parts(options, h_SJ, down.lora, width), _parts(options, h_SJ, up.lora, 2 * width)]
-    columns = 64 if pad_rank(max(up.lora.rank, down.lora.rank)) == ONE_PASS_RANK else 128
-    dp_NS = h_SJ.new_empty(cdiv(width, columns), options.num_rows, dtype=torch.float32)
+    tile = pick_backward_tile(pad_rank(max(up.lora.rank, down.lora.rank)))
+    dp_NS = h_SJ.new_empty(cdiv(width, tile.columns), options.num_rows, dtype=torch.float32)
     del parts, dp_NS
     with options.ledger.scope(EXPERT_GRADIENTS):
         return da, _laid_out(db_ERY, up.lora)

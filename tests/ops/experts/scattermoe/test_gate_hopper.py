@@ -15,7 +15,6 @@ from torch import Tensor
 from expertune.ops.experts.gates import SWIGLU
 from expertune.ops.experts.scattermoe import between
 from expertune.ops.experts.scattermoe.gate_hopper import (
-    MAX_RANK,
     AdapterSide,
     _add_dp,
     swiglu_backward_sums,
@@ -24,7 +23,7 @@ from expertune.ops.experts.scattermoe.gate_hopper import (
 )
 from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
 from expertune.ops.experts.scattermoe.tiles import build_row_tables
-from expertune.ops.experts.scattermoe.tiling import LinearTile
+from expertune.ops.experts.scattermoe.tiling import ONE_PASS_RANK, LinearTile
 from expertune.ops.experts.types import ExpertLora
 from expertune.ops.plan import ExpertPlan, build_plan
 from expertune.ops.triton_launch import is_hopper
@@ -185,7 +184,7 @@ class TestOnHopper:
         for _ in range(3):
             assert all(torch.equal(value, first[key]) for key, value in run_backward(drawn).items())
 
-    @pytest.mark.parametrize("rank", [16, MAX_RANK])
+    @pytest.mark.parametrize("rank", [16, ONE_PASS_RANK])
     def test_a_whole_mlp_takes_it_and_agrees_with_the_separate_kernels(self, rank: int) -> None:
         case = Case(dtype=torch.bfloat16, adapter_dtype=torch.float32, tokens=900, hidden=512, intermediate=256)
         problem = make_problem(replace(case, rank=rank), "cuda")
@@ -244,7 +243,7 @@ def test_parts_of_dp_are_added_in_order() -> None:
 
 def test_compiles_for_hopper_without_spills() -> None:
     script = Path(__file__).parents[4] / "benchmarks" / "registers.py"
-    command = [sys.executable, "-W", "ignore", str(script), "--gate", "--ranks", "16", "32", str(MAX_RANK)]
+    command = [sys.executable, "-W", "ignore", str(script), "--gate", "--ranks", "16", "32", str(ONE_PASS_RANK)]
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from torch import Tensor
 from expertune.ops.experts.gates import Gate
 from expertune.ops.experts.scattermoe.gate_hopper import AdapterSide
 from expertune.ops.experts.scattermoe.halves import down_backward, down_forward, up_backward, up_forward
-from expertune.ops.experts.scattermoe.products import Grads, Products
+from expertune.ops.experts.scattermoe.products import NO_GRADS, Grads, Products
 from expertune.ops.experts.scattermoe.sums import RowsOf
 from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.experts.torch_grouped import unflatten_projection
@@ -106,7 +106,7 @@ def dry_run(call: Call, flat: Sequence[Tensor | None], num_tokens: int = NUM_TOK
     y_TH, u2_SR = down_forward(products, h_SJ, weights_TK, down, activation)
     if call.backward:
         needs = [like is not None and like[3] for like in call.parameters]
-        u1 = AdapterSide(u1_SR, up.lora) if needs[3] and u1_SR is not None and up.lora else None
+        u1 = AdapterSide.if_needed(needs[3], u1_SR, up.lora)
         dh_SJ, *_, db_EJR = down_backward(
             products, h_SJ, weights_TK, u2_SR, down, activation, y_TH, (True, False, *needs[4:]), reuse_h=True, u1=u1
         )
@@ -125,8 +125,9 @@ class _LaunchesOnly(Products):
         projection: ExpertProjection,
         need: Sequence[bool],
         p_S: Tensor | None = None,
+        found: Grads = NO_GRADS,
     ) -> Grads:
-        return super().parameter_grads(dout, v_SR, x, u_SR, projection, (False, False, *need[2:]), p_S)
+        return super().parameter_grads(dout, v_SR, x, u_SR, projection, (False, False, *need[2:]), p_S, found)
 
 
 def _plan(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> ExpertPlan:

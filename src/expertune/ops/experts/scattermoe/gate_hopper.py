@@ -32,18 +32,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.linear import TRITON_DTYPES
 from expertune.ops.experts.scattermoe.tiles import RowTable
-from expertune.ops.experts.scattermoe.tiling import RowsTile
+from expertune.ops.experts.scattermoe.tiling import fits_one_pass, pick_backward_tile, pick_forward_tile
 from expertune.ops.experts.types import ExpertLora
 from expertune.ops.integers import cdiv
 from expertune.ops.plan import ExpertPlan
 from expertune.ops.triton_launch import Launcher, is_hopper, wait_for_earlier_kernels
 
-# H200, Qwen3-30B-A3B, 8192 tokens; in brackets the separate kernels
-FORWARD_TILE = RowsTile(64, 128, num_warps=8)  # rank 16: 85 us (104), 32: 87 (104); 64 x 64 88, 90
-WIDE_FORWARD_TILE = RowsTile(64, 64, num_warps=8)  # rank 64: 105 us (109); 64 x 128 119
-BACKWARD_TILE = RowsTile(16, 128, num_warps=4)  # rank 16: 155 us (241), 32: 179 (253); 32 x 64 170, 208
-WIDE_BACKWARD_TILE = RowsTile(32, 64, num_warps=4)  # rank 64: 230 us (265); 16 x 64 280
-MAX_RANK = 64  # padded; what is called wide
 SLICE = gl.constexpr(16)  # columns whose chunks are added at a time
 ROWS_OF_DP = 1024  # whose parts one program adds
 
@@ -294,16 +288,15 @@ class AdapterSide(NamedTuple):
     thin_SR: Tensor
     lora: ExpertLora
 
+    @classmethod
+    def if_needed(cls, needed: bool, thin_SR: Tensor | None, lora: ExpertLora | None) -> "AdapterSide | None":
+        """None where the gradient is not wanted or there is no adapter."""
+        return cls(thin_SR, lora) if needed and thin_SR is not None and lora is not None else None
+
 
 def takes(h_SJ: Tensor, *padded_ranks: int) -> bool:
-    """Whether the kernels know these rows, and their GPU: Hopper, 16 bits, I a multiple of 16, R' at most 64."""
-    return (
-        h_SJ.dtype in (torch.bfloat16, torch.float16)
-        and h_SJ.shape[0] > 0
-        and h_SJ.shape[1] % 32 == 0
-        and max(padded_ranks) <= MAX_RANK
-        and is_hopper(h_SJ.device)
-    )
+    """Whether the kernels know these rows, and their GPU."""
+    return fits_one_pass(h_SJ, *padded_ranks) and is_hopper(h_SJ.device)
 
 
 def swiglu_thin(h_SJ: Tensor, lora_a_ERI: Tensor, tiles: RowTable) -> tuple[Tensor, Tensor]:
@@ -320,15 +313,6 @@ def swiglu_thin(h_SJ: Tensor, lora_a_ERI: Tensor, tiles: RowTable) -> tuple[Tens
         num_warps=tile.num_warps,
     )  # fmt: skip
     return a_SI, u2_SR
-
-
-def pick_forward_tile(padded_rank: int) -> RowsTile:
-    return FORWARD_TILE if padded_rank < MAX_RANK else WIDE_FORWARD_TILE
-
-
-def pick_backward_tile(padded_rank: int) -> RowsTile:
-    """padded_rank: the larger one of the two adapters."""
-    return BACKWARD_TILE if padded_rank < MAX_RANK else WIDE_BACKWARD_TILE
 
 
 def swiglu_backward_sums(

@@ -12,7 +12,7 @@ from torch import Tensor
 from expertune.ops.experts.scattermoe.between import activate, activate_backward
 from expertune.ops.experts.scattermoe.combine import combine
 from expertune.ops.experts.scattermoe.gate_hopper import AdapterSide
-from expertune.ops.experts.scattermoe.products import Products, bias_part, packed
+from expertune.ops.experts.scattermoe.products import Grads, Products, bias_part, packed
 from expertune.ops.experts.scattermoe.sums import RowsOf
 from expertune.ops.experts.types import Activation, ExpertProjection
 
@@ -61,15 +61,14 @@ def down_backward(
     v2_SR = products.thin(dy, lora.b_EYR.transpose(1, 2)) if lora else None
     da_SI = products.input_grad(dy, down, lora, v2_SR)
     del lora
-    v2 = AdapterSide(v2_SR, down.lora) if need_lora_a and v2_SR is not None and down.lora else None
+    v2 = AdapterSide.if_needed(need_lora_a, v2_SR, down.lora)
     between = activate_backward(
         products, h_SJ, da_SI, p_S, weights_TK, activation, need_a=need_weight, reuse_h=reuse_h, v2=v2, u1=u1
     )
     del da_SI
     a = None if between.a_SI is None else RowsOf(between.a_SI, None)
-    grads = products.parameter_grads(dy, v2_SR, a, u2_SR, down, need_down, p_S)
-    if between.lora_a_ERI is not None:
-        grads = grads._replace(a_ERX=between.lora_a_ERI)
+    found = Grads(a_ERX=between.lora_a_ERI)
+    grads = products.parameter_grads(dy, v2_SR, a, u2_SR, down, need_down, p_S, found)
     dweights_TK = between.dweights_TK if need_weights else None
     if dweights_TK is not None and down.bias_EY is not None:
         dweights_TK = dweights_TK + bias_part(dy.rows_NX, down.bias_EY, plan).to(dweights_TK.dtype)
@@ -87,12 +86,9 @@ def up_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, and of weight, bias, A and B of `up`; None if not needed. b_grad: that of B, if it is there."""
     dx_TH, v1_SR, (need_x, *need_up) = None, None, needs
-    if b_grad_EJR is not None:
-        need_up[3] = False
     dh, x, lora = products.rows_of(dh_SJ, grouped=True), products.rows_of(x_TH, grouped=False), packed(up)
     if lora and (need_x or need_up[2]):
         v1_SR = products.thin(dh, lora.b_EYR.transpose(1, 2))
     if need_x:
         dx_TH = combine(products.input_grad(dh, up, lora, v1_SR), None, products.plan)
-    *grads, own_b_grad_EJR = products.parameter_grads(dh, v1_SR, x, u1_SR, up, need_up)
-    return dx_TH, *grads, own_b_grad_EJR if b_grad_EJR is None else b_grad_EJR
+    return dx_TH, *products.parameter_grads(dh, v1_SR, x, u1_SR, up, need_up, found=Grads(b_EYR=b_grad_EJR))

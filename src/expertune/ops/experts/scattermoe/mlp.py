@@ -102,7 +102,7 @@ class _ScatterMoE(torch.autograd.Function):
             dh_SJ, dweights_TK, *grads_down, db1_EJR = down_backward(
                 products, h_SJ, weights_TK, u2_SR, down, options.activation, dy_TH,
                 (True, need_weights, *need_flat[4:]), reuse_h=reuse_h,
-                u1=AdapterSide(u1_SR, up.lora) if need_flat[3] and u1_SR is not None and up.lora else None,
+                u1=AdapterSide.if_needed(need_flat[3], u1_SR, up.lora),
             )  # fmt: skip
             dx_TH, *grads_up = up_backward(products, x_TH, u1_SR, up, dh_SJ, (need_x, *need_flat[:4]), db1_EJR)
         return None, dx_TH, dweights_TK, *grads_up, *grads_down

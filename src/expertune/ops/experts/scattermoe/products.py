@@ -70,6 +70,9 @@ class Grads(NamedTuple):
     b_EYR: Tensor | None = None
 
 
+NO_GRADS = Grads()
+
+
 @dataclass(frozen=True)
 class Products:
     """The products of one call. fused: the adapter rides in the base product's accumulator; else it is added to it."""
@@ -131,13 +134,14 @@ class Products:
         projection: ExpertProjection,
         need: Sequence[bool],
         p_S: Tensor | None = None,
+        found: Grads = NO_GRADS,
     ) -> Grads:
         """Gradients of weight, bias, A and B, each only if needed; p is a factor of every row, put on the thin side.
 
-        x: None if it is not there; then neither are the gradients of weight and A.
+        found: those of A or B that are there already. x: None where A's is, and the weight's is not needed.
         """
         lora, (need_weight, need_bias, need_a, need_b) = projection.lora, need
-        dweight = dbias = da = db = None
+        dweight, dbias, da, db = None, None, found.a_ERX, found.b_EYR
         if need_weight or need_bias:  # full fine-tuning: torch's grouped products on gathered rows
             dout_SY = dout.gathered()
             if p_S is not None:
@@ -145,9 +149,9 @@ class Products:
             dweight = grouped_outer(dout_SY, x.gathered(), self.plan) if need_weight and x else None
             ones_S8 = dout_SY.new_ones(self.plan.num_rows, 8)  # 8 columns: one would break grouped_mm's alignment rule
             dbias = grouped_outer(ones_S8, dout_SY, self.plan)[:, 0] if need_bias else None
-        if lora is not None and need_a and v_SR is not None and x:
+        if lora is not None and need_a and da is None and v_SR is not None and x:
             da = self.a_grad(v_SR, x, lora, p_S)
-        if lora is not None and need_b and u_SR is not None:
+        if lora is not None and need_b and db is None and u_SR is not None:
             db = self.b_grad(u_SR, dout, lora, p_S)
         return Grads(dweight, dbias, da, db)
 

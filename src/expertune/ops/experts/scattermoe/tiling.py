@@ -179,3 +179,28 @@ def _rows_of(device: torch.device, item_bytes: int) -> tuple[TileRow, ...]:
     if gpu is None:
         return fitting_rows(None, None, item_bytes)
     return fitting_rows(torch.cuda.get_device_capability(device), gpu.shared_memory_bytes, item_bytes)
+
+
+# Of `gate_hopper`. H200, Qwen3-30B-A3B, 8192 tokens; in brackets the separate kernels
+FORWARD_TILE = RowsTile(64, 128, num_warps=8)  # rank 16: 85 us (104), 32: 87 (104); 64 x 64 88, 90
+WIDE_FORWARD_TILE = RowsTile(64, 64, num_warps=8)  # rank 64: 105 us (109); 64 x 128 119
+BACKWARD_TILE = RowsTile(16, 128, num_warps=4)  # rank 16: 155 us (241), 32: 179 (253); 32 x 64 170, 208
+WIDE_BACKWARD_TILE = RowsTile(32, 64, num_warps=4)  # rank 64: 230 us (265); 16 x 64 280
+ONE_PASS_RANK = 64  # padded, the highest that it takes; what is called wide
+
+
+def fits_one_pass(h_SJ: torch.Tensor, *padded_ranks: int) -> bool:
+    """Whether SwiGLU can do the adapters' work in its pass on Hopper: 16 bits, I a multiple of 16, R' at most 64."""
+    num_rows, num_columns = h_SJ.shape
+    is_16_bit = h_SJ.dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and num_rows > 0 and num_columns % 32 == 0 and max(padded_ranks) <= ONE_PASS_RANK
+
+
+def pick_forward_tile(padded_rank: int) -> RowsTile:
+    """padded_rank: of the down projection's adapter."""
+    return FORWARD_TILE if padded_rank < ONE_PASS_RANK else WIDE_FORWARD_TILE
+
+
+def pick_backward_tile(padded_rank: int) -> RowsTile:
+    """padded_rank: the larger one of the two adapters."""
+    return BACKWARD_TILE if padded_rank < ONE_PASS_RANK else WIDE_BACKWARD_TILE
