@@ -4,7 +4,10 @@ import ast
 import inspect
 import pkgutil
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertune import ops
+from expertune.ops import triton_launch
 from expertune.ops.integers import cdiv, next_power_of_2
 from expertune.ops.triton_launch import Launcher, compile_only
 
@@ -32,12 +36,15 @@ def _linear_like(x_ptr, capacity, num_in, BLOCK: tl.constexpr):
 
 
 class Recorded:
-    """Stands in for a kernel function `(x, number, CONSTANT)`: what was compiled, and what was launched of it."""
+    """Stands in for a kernel function `(x_ptr, w_desc, number, CONSTANT)`: what it was asked to find or to compile, and
+    what was launched of it."""
 
     def __init__(self, *, specialize: bool = True) -> None:
         self.params = [
-            type("Parameter", (), {"is_constexpr": constant, "do_not_specialize": not specialize})
-            for constant in (False, False, True)
+            SimpleNamespace(
+                name=name, is_constexpr=name.isupper(), do_not_specialize=not (specialize or name.isupper())
+            )
+            for name in ("x_ptr", "w_desc", "number", "CONSTANT")
         ]
         self.compiled: list[dict[str, int]] = []
         self.warmed_up: list[tuple[Any, ...]] = []
@@ -47,12 +54,7 @@ class Recorded:
         def compile_and_launch(*args: Any, **options: int) -> Any:
             number = len(self.compiled)
             self.compiled.append({name: value for name, value in options.items() if name != "launch_pdl"})
-
-            class Compiled:
-                def __getitem__(_, grid: tuple[int, ...]) -> Any:
-                    return lambda *args: self.launched.append((number, grid, args))
-
-            return Compiled()
+            return Compiled(self, number)
 
         return compile_and_launch
 
@@ -60,7 +62,38 @@ class Recorded:
         self.warmed_up.append((*args, num_warps, num_stages))
 
 
-def test_every_kernel_waits_for_those_before_it_first() -> None:
+class Compiled:
+    """Stands in for what Triton compiled: `described` counts the launches for which it made a description."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, kernel: Recorded, number: int) -> None:
+        self.kernel, self.number, self.described = kernel, number, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: Any) -> None:
+            self.described += 1
+            self.kernel.launched.append((self.number, grid, args))
+
+        return run
+
+    def run(self, x: int, y: int, z: int, stream: str, function: str, metadata: str, *rest: Any) -> None:
+        assert (stream, function, metadata, *rest[:3]) == ("stream 0", "function", "metadata", None, None, None)
+        self.kernel.launched.append((self.number, (x, y, z), rest[3:]))
+
+
+@contextmanager
+def on_device(number: int) -> Iterator[None]:
+    """As if this GPU were the current one."""
+    active = SimpleNamespace(get_current_stream="stream {}".format)
+    with (
+        patch("torch.cuda.current_device", lambda: number),
+        patch.object(triton_launch, "driver", SimpleNamespace(active=active)),
+    ):
+        yield
+
+
+def all_launchers() -> dict[str, Launcher]:
     names = [module.name for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")]
     launchers = {
         f"{module}.{name}": value
@@ -69,7 +102,11 @@ def test_every_kernel_waits_for_those_before_it_first() -> None:
         if isinstance(value, Launcher)
     }
     assert len(launchers) >= 12
-    for name, launcher in launchers.items():
+    return launchers
+
+
+def test_every_kernel_waits_for_those_before_it_first() -> None:
+    for name, launcher in all_launchers().items():
         function = ast.parse(textwrap.dedent(inspect.getsource(launcher.kernel.fn))).body[0]
         assert isinstance(function, ast.FunctionDef)
         # Gluon's functions cannot call Triton's; those are for Hopper alone, where the one is the other.
@@ -83,7 +120,7 @@ def launches(*calls: tuple[Any, ...], specialize: bool = True, **options: Any) -
     """How many kernels these calls compile."""
     kernel = Recorded(specialize=specialize)
     launcher = Launcher(kernel)
-    with patch("torch.cuda.current_device", lambda: 0):
+    with on_device(0):
         for call in calls:
             launcher((2,), *call, **options)
     return len(kernel.compiled)
@@ -92,41 +129,73 @@ def launches(*calls: tuple[Any, ...], specialize: bool = True, **options: Any) -
 X = torch.zeros(64)
 
 
+def block(rows: int) -> TensorDescriptor:
+    return TensorDescriptor(X.view(8, 8), [8, 8], [8, 1], [rows, 8])
+
+
 @pytest.mark.parametrize(
     "other",
     [
-        (X.bfloat16(), 32, True), (X[1:], 32, True), (None, 32, True), (X, 33, True), (X, 1, True), (X, 2**31, True),
-        (X, None, True), (X, 0.5, True), (X, 32, False),
-        (TensorDescriptor(X.view(8, 8), [8, 8], [8, 1], [4, 8]), 32, True),
+        (X.bfloat16(), None, 32, True), (X[1:], None, 32, True), (None, None, 32, True), (X, None, 33, True),
+        (X, None, 1, True), (X, None, 2**31, True), (X, None, None, True), (X, None, 32.0, True), (X, None, 32, False),
+        (X, block(4), 32, True),
     ],
     ids=str,
 )  # fmt: skip
-def test_what_triton_specialises_on_is_another_kernel(other: tuple[Any, ...]) -> None:
-    assert launches((X, 32, True), other) == 2
+def test_what_triton_specialises_on_is_asked_for_anew(other: tuple[Any, ...]) -> None:
+    assert launches((X, None, 32, True), other) == 2
     assert launches(other, other) == 1
 
 
-def test_what_it_does_not_specialise_on_is_the_same_kernel() -> None:
-    assert launches((X, 32, True), (torch.ones(7), 48, True), (X[4:], -16, True)) == 1
-    assert launches((X, 33, True), (X, 7, True), (X, -5, True)) == 1
-    blocks = [TensorDescriptor(X.view(8, 8), [8, 8], [8, 1], [rows, 8]) for rows in (4, 4, 8)]
-    assert launches(*((block, 1, True) for block in blocks)) == 2
+def test_what_it_does_not_specialise_on_is_not() -> None:
+    assert launches((X, None, 32, True), (torch.ones(7), None, 32, True), (X[4:], None, 32, True)) == 1
+    assert launches(*((None, block(rows), 1, True) for rows in (4, 4, 8))) == 2
+    assert launches((None, block(4), 1, True), (None, TensorDescriptor(X, [64], [1], [4]), 1, True)) == 2
 
 
-def test_a_general_parameter_has_one_kernel_for_all_its_values() -> None:
+def test_a_general_number_has_one_kernel_for_all_its_values() -> None:
     general = {"specialize": False}
-    assert launches((X, 32, True), (X[1:], 1, True), (X, 48, True), (X, 49, True), **general) == 1
-    assert launches((X, 32, True), (X, 2**31, True), (X, 2**31 + 1, True), **general) == 2, "64 bits are another type"
-    assert launches((X, 32, True), (X.bfloat16(), 32, True), (None, 32, True), (X, 0.5, True), **general) == 4
-    assert launches((X, 32, True), (X, 32, False), **general) == 2
+    assert launches((X, None, 32, True), (X, None, 1, True), (X, None, 48, True), (X, None, -5, True), **general) == 1
+    wide = (X, None, 2**31, True), (X, None, 2**31 + 1, True)
+    assert launches((X, None, 32, True), *wide, **general) == 2, "64 bits are another type"
+    assert launches((X, None, 32, True), (X, None, -(2**31) - 1, True), **general) == 2
+    assert launches((X, None, 1, True), (X, None, 1.0, True), **general) == 2
+    assert launches((X, None, 32, True), (X, None, 32, False), **general) == 2
+
+
+def test_numbers_without_end_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "MOST_KEPT", 3)
+    launcher = Launcher(kernel := Recorded())
+    with on_device(0):
+        for number in (*range(5), 4):
+            launcher((2,), X, None, number, True)
+    assert len(launcher._compiled) == 2
+    assert len(kernel.compiled) == 5
+
+
+def test_a_launch_is_described_for_those_who_listen_only() -> None:
+    launcher, chain = Launcher(Recorded()), triton.knobs.runtime.launch_exit_hook
+    with on_device(0):
+        for _ in range(2):
+            launcher((2,), X, None, 32, True)
+        (compiled,) = launcher._compiled.values()
+        assert compiled.described == 0
+        chain.add(listener := lambda _: None)
+        try:
+            launcher((2,), X, None, 32, True)
+        finally:
+            chain.remove(listener)
+        launcher((2,), X, None, 32, True)
+    assert compiled.described == 1
+    assert compiled.kernel.launched == [(0, (2, 1, 1), (X, None, 32, True))] * 3
 
 
 def test_a_general_parameter_as_triton_declares_it() -> None:
     declared = JITFunction(_linear_like, do_not_specialize=["capacity"])
     launcher = Launcher(declared)
-    with patch("torch.cuda.current_device", lambda: 0):
+    with on_device(0):
         keys = {
-            (capacity, num_in): launcher._key((X, capacity, num_in, 16), 4, 3)
+            (capacity, num_in): launcher._key((X, capacity, num_in, 16), 0, 4, 3)
             for capacity in (1, 48, 49, 2**31) for num_in in (64, 65)
         }  # fmt: skip
     assert keys[48, 64] == keys[49, 64] == keys[1, 64]
@@ -137,31 +206,35 @@ def test_a_general_parameter_as_triton_declares_it() -> None:
 def test_compile_only_compiles_what_is_not_compiled_and_launches_nothing() -> None:
     kernel = Recorded()
     launcher = Launcher(kernel)
-    with patch("torch.cuda.current_device", lambda: 0):
-        launcher((2,), X, 32, True)
+    with on_device(0):
+        launcher((2,), X, None, 32, True)
         with compile_only():
-            launcher((2,), X.to("meta"), 48, True)
-            launcher((2,), X.to("meta"), 7, True, num_warps=8)
+            launcher((2,), X.to("meta"), None, 32, True)
+            launcher((2,), X.to("meta"), None, 7, True, num_warps=8)
         assert kernel.launched == []
-        assert [(number, *rest) for _, number, *rest in kernel.warmed_up] == [(7, True, 8, 3)]
-        launcher((2,), X, 48, True)
+        assert [
+            tuple(rest)
+            for *_, number, constant, warps, stages in kernel.warmed_up
+            for rest in [(number, constant, warps, stages)]
+        ] == [(7, True, 8, 3)]
+        launcher((2,), X, None, 32, True)
     assert len(kernel.compiled) == len(kernel.launched) == 1
 
 
 def test_compile_only_ends_with_an_error() -> None:
     launcher = Launcher(kernel := Recorded())
-    with patch("torch.cuda.current_device", lambda: 0):
+    with on_device(0):
         with pytest.raises(KeyError), compile_only():
             raise KeyError
-        launcher((2,), X, 32, True)
+        launcher((2,), X, None, 32, True)
     assert len(kernel.compiled) == 1
 
 
 def test_compile_only_without_tritons_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(triton, "AsyncCompileMode")
     launcher = Launcher(kernel := Recorded())
-    with patch("torch.cuda.current_device", lambda: 0), compile_only():
-        launcher((2,), X, 32, True)
+    with on_device(0), compile_only():
+        launcher((2,), X, None, 32, True)
     assert len(kernel.warmed_up) == 1
     assert kernel.compiled == []
 
@@ -172,7 +245,7 @@ def test_the_interpreter_has_nothing_to_compile() -> None:
             raise AssertionError("launched")
 
     with compile_only():
-        Launcher(Interpreted())((2,), X, 32, True)
+        Launcher(Interpreted())((2,), X, None, 32, True)
 
 
 @pytest.mark.gpu
@@ -196,10 +269,10 @@ def test_warps_stages_and_device_are_part_of_it() -> None:
     kernel = Recorded()
     launcher = Launcher(kernel)
     for device, warps, stages in ((0, 4, 3), (0, 8, 3), (0, 4, 2), (1, 4, 3), (0, 4, 3)):
-        with patch("torch.cuda.current_device", lambda device=device: device):
-            launcher((3, 2), X, 5, True, num_warps=warps, num_stages=stages)
+        with on_device(device):
+            launcher((3, 2), X, None, 5, True, num_warps=warps, num_stages=stages)
     assert len(kernel.compiled) == 4
-    assert kernel.launched == [(0, (3, 2, 1), (X, 5, True))]
+    assert kernel.launched == [(0, (3, 2, 1), (X, None, 5, True))]
 
 
 @pytest.mark.gpu

@@ -139,7 +139,12 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> SortedSlots:
     """Sort the T * K slots by expert, stable. expert_ids_TK: [T, K] integer, any strides."""
     sort = _sort_op if torch.compiler.is_compiling() else _sort
     rows_3S, fence_F = sort(expert_ids_TK, num_experts)
-    return SortedSlots(rows_3S[0], rows_3S[1], rows_3S[2], fence_F)
+    return _as_slots(rows_3S, fence_F)
+
+
+def _as_slots(rows_3S: Tensor, fence_F: Tensor) -> SortedSlots:
+    slot_of_row_S, row_of_slot_S, token_of_row_S = rows_3S.unbind()
+    return SortedSlots(slot_of_row_S, row_of_slot_S, token_of_row_S, fence_F)
 
 
 def _empty_rows(expert_ids_TK: Tensor) -> Tensor:
@@ -152,12 +157,13 @@ def _sort(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """slot_of_row, row_of_slot, token_of_row as one tensor [3, S], and the fence [E + 1]."""
     rows_3S = _empty_rows(expert_ids_TK)
     fence_F = torch.empty(num_experts + 1, device=expert_ids_TK.device, dtype=torch.int32)
-    _launch_sort(expert_ids_TK, rows_3S, fence_F, None)
+    _launch_sort(expert_ids_TK, _as_slots(rows_3S, fence_F), None)
     return rows_3S, fence_F
 
 
-def _launch_sort(expert_ids_TK: Tensor, rows_3S: Tensor, fence_F: Tensor, tables: RowTables | None) -> None:
-    (num_tokens, top_k), num_experts = expert_ids_TK.shape, fence_F.shape[0] - 1
+def _launch_sort(expert_ids_TK: Tensor, out: SortedSlots, tables: RowTables | None) -> None:
+    (num_tokens, top_k), fence_F = expert_ids_TK.shape, out.row_fence_F
+    num_experts = fence_F.shape[0] - 1
     num_slots = num_tokens * top_k
     bins = next_power_of_2(num_experts + 2)
     groups = max(1, min(MAX_GROUPS, MAX_GROUP_BINS // bins))
@@ -181,8 +187,8 @@ def _launch_sort(expert_ids_TK: Tensor, rows_3S: Tensor, fence_F: Tensor, tables
             num_warps=NUM_WARPS,
         )  # fmt: skip
         _place(
-            (num_programs,), bins_S, counts, rows_3S[0], rows_3S[1], rows_3S[2], fence_F, *cut[:2], num_tokens,
-            num_experts, slots_per_block, num_blocks, *cut[2:4], top_k, bins, groups, TILE, OTHERS,
+            (num_programs,), bins_S, counts, *out, *cut[:2], num_tokens, num_experts, slots_per_block,
+            num_blocks, *cut[2:4], top_k, bins, groups, TILE, OTHERS,
             max(1, min(32, MAX_COUNTS // bins)), *cut[4:], num_warps=NUM_WARPS,
         )  # fmt: skip
 
@@ -194,8 +200,9 @@ def sort_and_cut(
     rows_3S = _empty_rows(expert_ids_TK)
     fence_F = torch.empty(num_experts + 1, device=expert_ids_TK.device, dtype=torch.int32)
     tables = empty_row_tables(fence_F, expert_ids_TK.numel(), tile_rows, chunk_rows)
-    _launch_sort(expert_ids_TK, rows_3S, fence_F, tables)
-    return SortedSlots(rows_3S[0], rows_3S[1], rows_3S[2], fence_F), tables
+    rows = _as_slots(rows_3S, fence_F)
+    _launch_sort(expert_ids_TK, rows, tables)
+    return rows, tables
 
 
 @torch.library.custom_op("expertune::sort_slots", mutates_args=())

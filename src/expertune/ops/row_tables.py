@@ -9,7 +9,7 @@ The sort of a plan writes them in passing (`counting_sort.sort_and_cut`); `scatt
 No Triton here: a plan can hold tables where it is not installed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -29,11 +29,18 @@ class RowTable:
 
     block_rows: int
     entries_4M: Tensor
+    _zeros: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def capacity(self) -> int:
         """M, the most entries that any routing can need."""
         return self.entries_4M.shape[1]
+
+    def counters(self, count: int) -> Tensor:
+        """[count or more] int32 zeros, for the programs of one launch at a time, which leave them as they were."""
+        if not self._zeros or self._zeros[-1].shape[0] < count:
+            self._zeros[:] = [self.entries_4M.new_zeros(count)]
+        return self._zeros[-1]
 
     @property
     def count_1(self) -> Tensor:

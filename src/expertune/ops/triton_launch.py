@@ -5,23 +5,26 @@ specialises all arguments anew (H200's host: 38 us for a projection's 40 argumen
 A `Launcher` keeps the compiled kernels by what Triton specialises on, and goes straight to them.
 
 Triton compiles anew for an int that is 1 or a multiple of 16 and a pointer that is aligned. What follows the number of
-tokens is therefore in its kernel's `do_not_specialize`, so that batches of varying length compile nothing.
+tokens is therefore in its kernel's `do_not_specialize`, so that batches of varying length compile nothing; a factor is
+too, for it decides about nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime import driver
 
+MOST_KEPT = 4096  # keys of a launcher; then it begins anew, and Triton finds the kernels again
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # What was compiled inside of `compile_only`; None outside of it.
 _compiled_only: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
@@ -42,23 +45,26 @@ def wait_for_earlier_kernels():  # type: ignore[no-untyped-def]
 class Launcher:
     """Launches one kernel, which begins with `wait_for_earlier_kernels()`.
 
-    Every parameter of the kernel, constants too, is given in order.
+    Every parameter of the kernel, constants too, is given in order: a tensor or None if its name ends in `_ptr`, a
+    descriptor or None if it ends in `_desc`, a number or a constant otherwise.
 
-    Compiled kernels are kept by device, warps, stages, and of each argument what Triton specialises on: dtype and
-    16-byte alignment of a tensor, dtype and block of a descriptor, whether an int is 1 or a multiple of 16 or wide,
-    and the value of a constant. Of a parameter in `do_not_specialize`: dtype, and whether an int is wide.
+    Compiled kernels are kept by device, warps, stages, and of each argument at least what Triton specialises on: dtype
+    and 16-byte alignment of a tensor, dtype and block of a descriptor, numbers and constants as they are; of what is in
+    `do_not_specialize` only the type. What was not seen before is for Triton to find or to compile.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         parameters = getattr(kernel, "params", ())
         self._num_parameters = len(parameters)
-        self._constants = tuple(place for place, parameter in enumerate(parameters) if parameter.is_constexpr)
-        self._others = tuple(
-            (place, bool(parameter.do_not_specialize))
-            for place, parameter in enumerate(parameters)
-            if not parameter.is_constexpr
-        )
+        places = range(len(parameters))
+        general = {place for place in places if parameters[place].do_not_specialize}
+        pointers = {place for place in places if parameters[place].name.endswith("_ptr")}
+        descriptors = {place for place in places if parameters[place].name.endswith("_desc")}
+        numbers = {*places} - pointers - descriptors
+        self._pointers, self._general_pointers = _pick(pointers - general), _pick(pointers & general)
+        self._numbers, self._general_numbers = _pick(numbers - general), _pick(numbers & general)
+        self._descriptors = _pick(descriptors)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
@@ -67,37 +73,63 @@ class Launcher:
             if ahead is None:
                 self.kernel[grid](*args)
             return
-        key = self._key(args, num_warps, num_stages)
+        device = torch.cuda.current_device()
+        key = self._key(args, device, num_warps, num_stages)
         compiled = self._compiled.get(key)
         if compiled is None:
             options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
             if cuda_capability_geq(9, 0):
                 options["launch_pdl"] = True
             if ahead is None:
+                if len(self._compiled) == MOST_KEPT:
+                    self._compiled.clear()
                 self._compiled[key] = self.kernel[grid](*args, **options)
             else:
                 ahead.append(self.kernel.warmup(*args, grid=grid, **options))
         elif ahead is None:
-            compiled[(*grid, 1, 1)[:3]](*args)
+            _launch(compiled, device, (*grid, 1, 1)[:3], args)
 
-    def _key(self, args: tuple[Any, ...], num_warps: int, num_stages: int) -> tuple[Any, ...]:
+    def _key(self, args: tuple[Any, ...], device: int, num_warps: int, num_stages: int) -> tuple[Any, ...]:
         if len(args) != self._num_parameters:
             raise TypeError(f"{self.kernel.__name__} takes {self._num_parameters} arguments, got {len(args)}")
-        key: list[Any] = [torch.cuda.current_device(), num_warps, num_stages]
-        key += [args[place] for place in self._constants]
-        for place, general in self._others:
-            arg = args[place]
-            kind = type(arg)
-            if kind is int:  # wide, 1, a multiple of 16 or neither
-                wide = not -(2**31) <= arg < 2**31
-                key.append(64 if wide else 0 if general else 1 if arg == 1 else 16 if arg % 16 == 0 else 0)
-            elif arg is None or kind is float:
-                key.append(kind)
-            elif kind in (TensorDescriptor, GluonTensorDescriptor):
-                key.append((arg.base.dtype, *arg.block_shape))
-            else:
-                key.append((arg.dtype, general or arg.data_ptr() % 16 == 0))
-        return tuple(key)
+        numbers, general = self._numbers(args), self._general_numbers(args)
+        wide = None
+        if general and (max(general) >= 2**31 or min(general) < -(2**31)):
+            wide = tuple([-(2**31) <= number < 2**31 for number in general])
+        return (
+            device, num_warps, num_stages, wide, numbers,
+            *map(type, numbers), *map(type, general),  # 1 is also True and 1.0
+            *[None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in self._pointers(args)],
+            *[None if x is None else x.dtype for x in self._general_pointers(args)],
+            *[None if x is None else (x.base.dtype, *x.block_shape) for x in self._descriptors(args)],
+        )  # fmt: skip
+
+
+def _pick(places: set[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What takes the arguments at these places out of all, as fast as Python can."""
+    if len(places) > 1:
+        return itemgetter(*sorted(places))
+    return lambda args: tuple([args[place] for place in places])
+
+
+def _launch(compiled: Any, device: int, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    """As `compiled[grid](*args)`; but that describes every launch for hooks (`ops.records`), also if there are none."""
+    runtime = triton.knobs.runtime
+    if getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True):
+        compiled[grid](*args)
+    else:
+        stream = driver.active.get_current_stream(device)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def make_descriptor(kind: type, base: Tensor, shape: Sequence[int], strides: Sequence[int], **rest: Any) -> Any:
+    """A tensor descriptor of Triton's or gluon's, without the checks in its constructor.
+
+    They take the host longer than the launch itself, step by step, for what our own checks of operands have seen.
+    """
+    descriptor: Any = object.__new__(kind)
+    vars(descriptor).update(base=base, shape=shape, strides=strides, padding="zero", **rest)
+    return descriptor
 
 
 @contextmanager

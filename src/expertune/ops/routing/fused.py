@@ -139,7 +139,7 @@ def _load_tile(  # type: ignore[no-untyped-def]
     return tokens, experts, exists, logits
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "epsilon", "scaling"])
 def _select_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, weights_ptr, ids_ptr, num_tokens, stride_token, stride_expert, epsilon, scaling,
     other_groups, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -217,7 +217,7 @@ def _launch_select(
     return weights_TK, ids_TK
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "epsilon", "scaling"])
 def _select_backward_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, ids_ptr, dweights_ptr, dlogits_ptr, num_tokens, stride_token, stride_expert, epsilon, scaling,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORE: tl.constexpr, NORMALIZE: tl.constexpr,

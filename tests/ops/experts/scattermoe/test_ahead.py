@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertune.ops import counting_sort
 from expertune.ops.experts.gates import SWIGLU
@@ -54,7 +55,10 @@ def keys_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]],
     seen: list[tuple[str, tuple[Any, ...]]] = []
 
     def record(launcher: Launcher, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3) -> None:
-        seen.append((launcher.kernel.__name__, launcher._key(args, num_warps, num_stages)))
+        for parameter, arg in zip(launcher.kernel.params, args, strict=True):
+            is_number = not parameter.name.endswith(("_ptr", "_desc"))
+            assert not (is_number and isinstance(arg, (Tensor, TensorDescriptor))), f"{launcher.kernel}: {parameter}"
+        seen.append((launcher.kernel.__name__, launcher._key(args, 0, num_warps, num_stages)))
 
     for module in (combine, counting_sort, gate, linear, pack, sums, tiles):
         for name, value in vars(module).items():

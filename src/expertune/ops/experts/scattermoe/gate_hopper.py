@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from expertune.ops.experts.scattermoe.launches import describe_rows
 from expertune.ops.experts.scattermoe.linear import TRITON_DTYPES
+from expertune.ops.experts.scattermoe.pack import empty_transposed
 from expertune.ops.experts.scattermoe.tiles import RowTable
 from expertune.ops.experts.scattermoe.tiling import fits_one_pass, pick_backward_tile, pick_forward_tile
 from expertune.ops.experts.types import ExpertLora
@@ -178,7 +179,7 @@ def _store_sum(
 
 @gluon.jit(
     launch_metadata=describe_rows("swiglu_backward_sums", "width", "RANK1", "RANK2"),
-    do_not_specialize=["capacity", "num_rows", "rank1", "rank2"],
+    do_not_specialize=["capacity", "num_rows", "scaling1", "scaling2", "rank1", "rank2"],
 )
 def _swiglu_backward_sums_kernel(
     h_ptr, da_ptr, p_ptr, dh_ptr, u1_ptr, v2_ptr, dp_ptr, da2_ptr, db1_ptr, parts2_ptr, parts1_ptr, counters_ptr,
@@ -334,12 +335,12 @@ def swiglu_backward_sums(
     """
     (num_rows, width), device, (num_experts, rank2, _) = da_SI.shape, h_SJ.device, v2.lora.a_ERX.shape
     dh_SJ = h_SJ if reuse else torch.empty_like(h_SJ)
-    da2_ERI = torch.empty_like(v2.lora.a_ERX, memory_format=torch.contiguous_format)
-    db1_ERJ = torch.empty_like(u1.lora.b_EYR.transpose(1, 2), memory_format=torch.contiguous_format)
+    da2_ERI = v2.lora.a_ERX.new_empty(v2.lora.a_ERX.shape)
+    db1_ERJ = empty_transposed(u1.lora.b_EYR)
     padded1, padded2 = u1.thin_SR.shape[1], v2.thin_SR.shape[1]
     tile = pick_backward_tile(max(padded1, padded2))
     num_blocks = cdiv(width, tile.columns)
-    counters = torch.zeros(3 * num_experts * num_blocks, device=device, dtype=torch.int32)
+    counters = chunks.counters(3 * num_experts * num_blocks)
     # room for the parts: of no use, and not there, if no expert can have more rows than a chunk
     parts = chunks.capacity if plan.num_rows > chunks.block_rows else 0
     parts2, parts1 = (

@@ -57,7 +57,7 @@ def down_backward(
     plan, (_, need_weights, *need_down), lora = products.plan, needs, packed(down)
     need_weight, _, need_lora_a, _ = need_down
     dy = products.rows_of(dy_TH, grouped=False)
-    p_S = weights_TK.reshape(-1)[plan.slot_of_row_S]
+    p_S = weights_TK.reshape(-1).index_select(0, plan.slot_of_row_S)  # indexing takes the host twice as long
     v2_SR = products.thin(dy, lora.b_EYR.transpose(1, 2)) if lora else None
     da_SI = products.input_grad(dy, down, lora, v2_SR)
     del lora

@@ -36,11 +36,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.ops.experts.scattermoe.launches import describe_hopper_linear
-from expertune.ops.experts.scattermoe.linear import FAR, GROUP_TILES, TRITON_DTYPES, clipped_view, fits_descriptor
+from expertune.ops.experts.scattermoe.linear import (
+    DESCRIPTOR_BYTES,
+    FAR,
+    GROUP_TILES,
+    TRITON_DTYPES,
+    clipped_view,
+    fits_descriptor,
+)
 from expertune.ops.experts.scattermoe.tiles import RowTable
 from expertune.ops.experts.scattermoe.tiling import HOPPER_STAGES, HOPPER_TILE
 from expertune.ops.integers import cdiv
-from expertune.ops.triton_launch import Launcher, is_hopper, num_multiprocessors
+from expertune.ops.triton_launch import Launcher, is_hopper, make_descriptor, num_multiprocessors
 
 ROWS, COLUMNS, STEP = (gl.constexpr(size) for size in HOPPER_TILE)  # a step: one line of 128 bytes of each row
 HALF = gl.constexpr(64)  # rows of a tile that is at most half full
@@ -214,7 +221,7 @@ def _tile(
     return stage, phase, offsets
 
 
-@gluon.jit(launch_metadata=describe_hopper_linear, do_not_specialize=["tiles_capacity"])
+@gluon.jit(launch_metadata=describe_hopper_linear, do_not_specialize=["tiles_capacity", "scaling"])
 def _hopper_linear_kernel(
     x_ptr, x_desc, stride_x, row_index_ptr, w_desc, u_ptr, b_desc, scaling, bias_ptr, out_desc,
     tiles_ptr, tiles_capacity, num_in, num_out,
@@ -344,24 +351,28 @@ def launch_hopper_linear(
 
 def _is_stack(weight_EYX: Tensor) -> bool:
     """Whether the matrices of all experts, as they are stored, are one matrix that a descriptor can hold."""
-    stored = _stored(weight_EYX)
-    return stored.stride(0) == stored.shape[1] * stored.stride(1) and fits_descriptor(stored)
+    (_, rows, stride), transposed = _stored(weight_EYX)
+    first, row_bytes = weight_EYX.stride(), stride * weight_EYX.element_size()
+    dense = first[1 if transposed else 2] == 1 and first[0] == rows * stride
+    return dense and not (row_bytes % DESCRIPTOR_BYTES or weight_EYX.data_ptr() % DESCRIPTOR_BYTES)
 
 
-def _stored(weight_EYX: Tensor) -> Tensor:
-    return weight_EYX if weight_EYX.stride(2) == 1 else weight_EYX.transpose(1, 2)
+def _stored(weight_EYX: Tensor) -> tuple[tuple[int, int, int], bool]:
+    """(columns, rows, stride of a row) of an expert's matrix as it is stored, and whether that is transposed."""
+    (_, num_out, num_in), (_, stride_out, stride_in) = weight_EYX.shape, weight_EYX.stride()
+    return ((num_in, num_out, stride_out), False) if stride_in == 1 else ((num_out, num_in, stride_in), True)
 
 
 def _stack_descriptor(weight_EYX: Tensor, num_k: int) -> tuple[TensorDescriptor, bool]:
     """Of the matrices of all experts as one, in blocks of COLUMNS x num_k; and whether they are stored transposed."""
-    stored, transposed = _stored(weight_EYX), weight_EYX.stride(2) != 1
-    num_experts, rows, columns = stored.shape
+    (columns, rows, stride), transposed = _stored(weight_EYX)
     block = [num_k, COLUMNS.value] if transposed else [COLUMNS.value, num_k]
-    return _descriptor(stored, [num_experts * rows, columns], [stored.stride(1), 1], block), transposed
+    return _descriptor(weight_EYX, [weight_EYX.shape[0] * rows, columns], [stride, 1], block), transposed
 
 
 def _descriptor(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(shape), list(strides), block, _layout(tuple(block), tensor.dtype))
+    layout = _layout(tuple(block), tensor.dtype)
+    return make_descriptor(TensorDescriptor, tensor, shape, strides, block_shape=block, layout=layout)
 
 
 @cache

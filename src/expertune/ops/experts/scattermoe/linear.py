@@ -14,6 +14,8 @@ the expert's last row, so that stores need no mask. H200, Qwen3-30B-A3B, four pr
 this, dense cuBLAS 1640 (docs/log.md).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,13 @@ from expertune.ops.experts.scattermoe.pack import PackedLora
 from expertune.ops.experts.scattermoe.tiles import RowTable, load_entry, num_entries
 from expertune.ops.experts.scattermoe.tiling import MIN_RANK, LinearTile
 from expertune.ops.integers import cdiv
-from expertune.ops.triton_launch import Launcher, has_descriptors, num_multiprocessors, wait_for_earlier_kernels
+from expertune.ops.triton_launch import (
+    Launcher,
+    has_descriptors,
+    make_descriptor,
+    num_multiprocessors,
+    wait_for_earlier_kernels,
+)
 
 GROUP_TILES = 8  # row tiles that share a column of W in L2; 4 and 16 are within noise of 8 on an H200
 BLOCK_RANK = 64  # a larger rank is multiplied in steps: 64 columns of B beside the main loop's buffers fill an SM
@@ -119,7 +127,7 @@ def _tile(
         tl.store(out_ptrs, out, mask=in_rows[:, None] & in_columns[None, :])
 
 
-@triton.jit(launch_metadata=describe_linear, do_not_specialize=["tiles_capacity"])
+@triton.jit(launch_metadata=describe_linear, do_not_specialize=["tiles_capacity", "scaling"])
 def _expert_linear_kernel(
     x_ptr, x_desc, stride_x, row_index_ptr, w_ptr, w_desc, stride_w_expert, stride_w_out, stride_w_in,
     u_ptr, lora_b_ptr, stride_b_expert, stride_b_out, stride_b_rank, scaling, bias_ptr,
@@ -214,11 +222,11 @@ def launch_expert_linear(
         stored = weight_EYX.transpose(1, 2) if transposed else weight_EYX
         if fits_descriptor(stored):
             block = [1, tile.k_step, tile.columns] if transposed else [1, tile.columns, tile.k_step]
-            w_desc = TensorDescriptor(stored, stored.shape, stored.stride(), block)
+            w_desc = _descriptor(stored, stored.shape, stored.stride(), block)
         if row_index_S is None and fits_descriptor(x_NX):
-            x_desc = TensorDescriptor(x_NX, x_NX.shape, x_NX.stride(), [tile.rows, tile.k_step])
+            x_desc = _descriptor(x_NX, x_NX.shape, x_NX.stride(), [tile.rows, tile.k_step])
         if out_index_S is None and fits_descriptor(out_SY):
-            out_desc = TensorDescriptor(out_SY, *clipped_view(out_SY), [1, 1, tile.rows, tile.columns])
+            out_desc = _descriptor(out_SY, *clipped_view(out_SY), [1, 1, tile.rows, tile.columns])
     _expert_linear(
         (_num_programs(device, tiles, num_out, tile),),
         x_NX, x_desc, x_NX.stride(0), row_index_S, weight_EYX, w_desc, *strides,
@@ -258,6 +266,10 @@ def fits_descriptor(tensor: Tensor) -> bool:
         return False
     size = tensor.element_size()
     return not any([stride * size % DESCRIPTOR_BYTES for stride in wide])  # noqa: C419 - a list is half the cost
+
+
+def _descriptor(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
+    return make_descriptor(TensorDescriptor, tensor, shape, strides, block_shape=block)
 
 
 def clipped_view(out_SY: Tensor) -> tuple[list[int], list[int]]:

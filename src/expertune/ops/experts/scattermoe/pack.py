@@ -110,6 +110,12 @@ def _lay_out_kernel(
 _lay_out = Launcher(_lay_out_kernel)
 
 
+def empty_transposed(b_EYR: Tensor) -> Tensor:
+    """[E, R, out], dense, of B's dtype and device: where a sum over rows puts B's gradient."""
+    num_experts, num_out, rank = b_EYR.shape
+    return b_EYR.new_empty(num_experts, rank, num_out)
+
+
 def lay_out_as(values_EYR: Tensor, like_EYR: Tensor) -> Tensor:
     """values with the strides of `like`: a gradient of PEFT's B is then a view of the parameter's shape.
 

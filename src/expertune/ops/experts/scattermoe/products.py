@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertune.ops.experts.scattermoe.hopper import launch_hopper_linear, takes
 from expertune.ops.experts.scattermoe.linear import adapter_step, launch_expert_linear, launch_thin_linear
-from expertune.ops.experts.scattermoe.pack import PackedLora, lay_out_as, pack_lora
+from expertune.ops.experts.scattermoe.pack import PackedLora, empty_transposed, lay_out_as, pack_lora
 from expertune.ops.experts.scattermoe.sums import RowsOf, launch_expert_sum
 from expertune.ops.experts.scattermoe.tiles import CHUNK_ROWS, RowTables, build_row_tables
 from expertune.ops.experts.scattermoe.tiling import LinearTile, pick_tile
@@ -115,13 +115,13 @@ class Products:
 
     def a_grad(self, v_SR: Tensor, x: RowsOf, lora: ExpertLora, p_S: Tensor | None) -> Tensor:
         """s sum of p v x^T over the rows of each expert."""
-        da_ERX = torch.empty_like(lora.a_ERX, memory_format=torch.contiguous_format)
+        da_ERX = lora.a_ERX.new_empty(lora.a_ERX.shape)
         launch_expert_sum(v_SR, x, da_ERX, lora.scaling, self.plan, self.tables.chunks, p_S=p_S)
         return da_ERX
 
     def b_grad(self, u_SR: Tensor, dout: RowsOf, lora: ExpertLora, p_S: Tensor | None) -> Tensor:
         """s sum of p dout u^T over the rows of each expert, with the strides of B."""
-        db_ERY = torch.empty_like(lora.b_EYR.transpose(1, 2), memory_format=torch.contiguous_format)
+        db_ERY = empty_transposed(lora.b_EYR)
         launch_expert_sum(u_SR, dout, db_ERY, lora.scaling, self.plan, self.tables.chunks, p_S=p_S)
         return lay_out_as(db_ERY.transpose(1, 2), lora.b_EYR)
 

@@ -84,7 +84,7 @@ def store_sum(
                 tl.store(out_ptrs, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(launch_metadata=describe_rows("expert_sum", "width", "RANK"), do_not_specialize=["capacity"])
+@triton.jit(launch_metadata=describe_rows("expert_sum", "width", "RANK"), do_not_specialize=["capacity", "scaling"])
 def _expert_sum_kernel(
     left_ptr,
     rows_ptr,
@@ -177,7 +177,7 @@ def launch_expert_sum(
     tile = THIN_TILE if padded < BLOCK_RANK else WIDE_TILE
     block_r, block_x = min(padded, BLOCK_RANK), tile.columns // (2 if left_SR.dtype == torch.float32 else 1)
     num_blocks, rank_blocks = cdiv(width, block_x), padded // block_r
-    counters = torch.zeros(plan.num_experts * rank_blocks * num_blocks, device=device, dtype=torch.int32)
+    counters = chunks.counters(plan.num_experts * rank_blocks * num_blocks)
     # room for the parts: of no use, and not there, if no expert can have more rows than a chunk
     parts = chunks.capacity if plan.num_rows > chunks.block_rows else 0
     _expert_sum(
