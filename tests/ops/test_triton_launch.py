@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from types import SimpleNamespace
@@ -237,6 +238,29 @@ def test_compile_only_without_tritons_pool(monkeypatch: pytest.MonkeyPatch) -> N
         launcher((2,), X, None, 32, True)
     assert len(kernel.warmed_up) == 1
     assert kernel.compiled == []
+
+
+def test_what_compiles_side_by_side_is_loaded_by_the_thread_that_compiled_it() -> None:
+    events: list[str] = []
+
+    class Kernel:
+        @property
+        def run(self) -> None:
+            events.append("loaded")
+
+    with ThreadPoolExecutor() as threads:
+        futures = [triton_launch._Loading(threads).submit(Kernel) for _ in range(2)]
+        assert all(isinstance(future.result(), Kernel) for future in futures)
+        assert events == ["loaded", "loaded"]
+        with pytest.raises(ZeroDivisionError):
+            triton_launch._Loading(threads).submit(lambda: 1 // 0).result()
+
+
+def test_one_is_first() -> None:
+    what = object()
+    with ThreadPoolExecutor() as threads:
+        assert sorted(threads.map(lambda _: triton_launch.is_first(what, 1), range(20))) == [*[False] * 19, True]
+    assert triton_launch.is_first(what, 2)
 
 
 def test_the_interpreter_has_nothing_to_compile() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from expertune.ops.integers import cdiv, next_power_of_2
 from expertune.ops.row_tables import RowTables, empty_row_tables
-from expertune.ops.triton_launch import Launcher, wait_for_earlier_kernels
+from expertune.ops.triton_launch import Launcher, compile_only, is_first, wait_for_earlier_kernels
 
 MAX_BLOCKS = 128  # of slots: each reads the counts of all, so their number is bounded and their size grows
 TILE = 128  # slots compared with each other
@@ -181,7 +181,8 @@ def _launch_sort(expert_ids_TK: Tensor, out: SortedSlots, tables: RowTables | No
             tiles.entries_4M, chunks.entries_4M, tiles.capacity, chunks.capacity, tiles.block_rows, chunks.block_rows
         )  # fmt: skip
         num_programs += num_experts
-    with torch.cuda.device_of(expert_ids_TK):  # Triton launches on the current device
+
+    def launch() -> None:
         _count(
             (num_blocks,), ids_S, bins_S, counts, num_tokens, num_experts, slots_per_block, top_k, bins, step,
             num_warps=NUM_WARPS,
@@ -191,6 +192,12 @@ def _launch_sort(expert_ids_TK: Tensor, out: SortedSlots, tables: RowTables | No
             num_blocks, *cut[2:4], top_k, bins, groups, TILE, OTHERS,
             max(1, min(32, MAX_COUNTS // bins)), *cut[4:], num_warps=NUM_WARPS,
         )  # fmt: skip
+
+    with torch.cuda.device_of(expert_ids_TK):  # Triton launches on the current device
+        if is_first(_count, expert_ids_TK.device, expert_ids_TK.dtype, top_k, num_experts, *cut[4:]):
+            with compile_only():
+                launch()
+        launch()
 
 
 def sort_and_cut(

@@ -10,11 +10,12 @@ too, for it decides about nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache
 from operator import itemgetter
+from threading import Lock
 from typing import Any
 
 import torch
@@ -137,19 +138,44 @@ def compile_only() -> Iterator[None]:
     """Inside, a `Launcher` compiles its kernel and does not launch it; kernels compile side by side.
 
     At the end every kernel is compiled and loaded, with what launches it (Triton 3.6 compiles that too, by the host's C
-    compiler: 7 of 11 seconds). One that cannot be is left to its launch, which raises Triton's error. For the
-    interpreter there is nothing to do.
+    compiler: 7 of 11 seconds), each as soon as it can be. One that cannot be is left to its launch, which raises
+    Triton's error. For the interpreter there is nothing to do.
     """
     side_by_side = getattr(triton, "AsyncCompileMode", None)  # from Triton 3.6 on
     compiled: list[Any] = []
     before = _compiled_only.set(compiled)
     try:
         with ThreadPoolExecutor(initializer=_use_device, initargs=(_current_device(),)) as threads:
-            with nullcontext() if side_by_side is None else side_by_side(threads, ignore_errors=True):
+            with nullcontext() if side_by_side is None else side_by_side(_Loading(threads), ignore_errors=True):
                 yield
             list(threads.map(_load, compiled))
     finally:
         _compiled_only.reset(before)
+
+
+class _Loading:
+    """What an `AsyncCompileMode` takes for an executor: it loads what it has compiled, while others still compile."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self.threads = threads
+
+    def submit(self, compile_one: Callable[[], Any]) -> "Future[Any]":
+        def compile_and_load() -> Any:
+            _load(kernel := compile_one())
+            return kernel
+
+        return self.threads.submit(compile_and_load)
+
+
+def is_first(*what: object) -> bool:
+    """Whether nobody asked with these arguments before, in whatever thread: who compiles ahead, and who need not."""
+    return _turn_of(*what).acquire(blocking=False)
+
+
+@cache
+def _turn_of(*what: object) -> Lock:
+    """The first who asks gets the lock, and keeps it."""
+    return Lock()
 
 
 def _load(kernel: Any) -> None:

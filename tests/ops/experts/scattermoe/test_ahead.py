@@ -12,7 +12,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expertune.ops import counting_sort
+from expertune.ops import counting_sort, triton_launch
 from expertune.ops.experts.gates import SWIGLU
 from expertune.ops.experts.scattermoe import ahead, combine, gate, linear, pack, sums, tiles
 from expertune.ops.experts.scattermoe.mlp import scattermoe_expert_mlp
@@ -175,7 +175,7 @@ def test_one_dry_run_for_calls_that_differ_in_tokens_alone(monkeypatch: pytest.M
     calls: list[ahead.Call] = []
     monkeypatch.setattr("torch.cuda.device", lambda _: nullcontext())
     monkeypatch.setattr(ahead, "dry_run", lambda call, _: calls.append(call))
-    ahead._turn_of.cache_clear()
+    triton_launch._turn_of.cache_clear()
 
     def compile_ahead(tile: LinearTile = TILE, **changes: Any) -> int:
         problem = make_problem(replace(BF16, **changes))
@@ -191,7 +191,7 @@ def test_one_dry_run_for_calls_that_differ_in_tokens_alone(monkeypatch: pytest.M
             assert compile_ahead() == 8
         assert compile_ahead(bias=True) == 8
     finally:
-        ahead._turn_of.cache_clear()
+        triton_launch._turn_of.cache_clear()
 
 
 @pytest.mark.gpu

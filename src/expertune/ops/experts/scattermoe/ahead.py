@@ -7,8 +7,6 @@ model's layers of one shape, and batches of any length.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from expertune.ops.experts.scattermoe.tiling import LinearTile
 from expertune.ops.experts.torch_grouped import unflatten_projection
 from expertune.ops.experts.types import Activation, ExpertProjection
 from expertune.ops.plan import ExpertPlan
-from expertune.ops.triton_launch import compile_only
+from expertune.ops.triton_launch import compile_only, is_first
 
 NUM_TOKENS = 64  # of the dry run; any number but 0 compiles the same kernels
 Parameter = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
@@ -55,7 +53,7 @@ def compile_ahead(tensors: Sequence[Tensor | None], activation: Activation, tile
     x_TH, _, *flat = tensors
     assert x_TH is not None
     call = call_of(tensors, activation, tile)
-    if _turn_of(x_TH.device, call).acquire(blocking=False):
+    if is_first(x_TH.device, call):
         with torch.cuda.device(x_TH.device), compile_only():
             dry_run(call, flat)
 
@@ -81,12 +79,6 @@ def call_of(tensors: Sequence[Tensor | None], activation: Activation, tile: Line
         tile,
         torch.is_grad_enabled() and any(needs_grad),
     )
-
-
-@cache
-def _turn_of(device: torch.device, call: Call) -> Lock:
-    """The first who asks gets the lock, and keeps it: one dry run for each kind of call, from whatever thread."""
-    return Lock()
 
 
 @torch.no_grad()
