@@ -1,5 +1,6 @@
-"""A checkpointed layer's tokens travel as they did in the forward: no sizes exchanged again, the same gradients."""
+"""A checkpointed layer's tokens travel as they did in the forward: sizes and choices sent once, the same gradients."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,10 @@ def run(case: Case, kind: type[Layer] = Layer) -> tuple[list[Tensor], int, list[
     layers = [kind(shard, saves, generator) for shard, saves in zip(shards, case.saves_behind, strict=True)]
     inputs = [torch.randn(max(sizes), HIDDEN, generator=generator) for sizes in zip(*TOKENS, strict=True)]
     inputs = [x[:size].requires_grad_() for x, size in zip(inputs, TOKENS[rank], strict=True)][: case.forwards]
-    with patch.object(Wire, "exchange_counts", autospec=True, side_effect=Wire.exchange_counts) as exchanged:
+    with (
+        patch.object(Wire, "exchange_counts", autospec=True, side_effect=Wire.exchange_counts) as exchanged,
+        patch.object(Wire, "exchange_rows", autospec=True, side_effect=Wire.exchange_rows) as sent,
+    ):
         loss = torch.zeros(())
         for x_TH in inputs:
             hidden_TH = x_TH
@@ -99,6 +103,9 @@ def run(case: Case, kind: type[Layer] = Layer) -> tuple[list[Tensor], int, list[
         loss.backward()
     grads = [each.grad for each in (*inputs, *(layer.experts for layer in layers))]
     assert exchanged.call_count % 2 == 0
+    messages = Counter(call.args[-1] for call in sent.call_args_list)
+    assert messages["sending expert ids and routing weights"] == exchanged.call_count, "with the sizes, and only then"
+    assert messages["sending tokens"] == sum(layer.forwards for layer in layers)
     return [grad for grad in grads if grad is not None], exchanged.call_count // 2, [s.recall._left for s in shards]
 
 

@@ -133,7 +133,7 @@ def return_from_experts(y_RH: Tensor, arrived: Arrived) -> Tensor:
     return arrived.trip.bring_home(y_RH)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _AllToAllTrip:
     """Which tokens of this process go where, and how many rows come from where.
 
@@ -142,6 +142,7 @@ class _AllToAllTrip:
     token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
     sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
     send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
+    choices: ids [R, K] and weights [R, K] of the rows that arrived, once they have: a recomputation has the same.
     """
 
     wire: Wire
@@ -153,6 +154,7 @@ class _AllToAllTrip:
     send: tuple[int, ...]
     receive: tuple[int, ...]
     num_pairs: int
+    choices: tuple[Tensor, Tensor] | None = None
 
     def bring_home(self, y_RH: Tensor) -> Tensor:
         return _FromExperts.apply(self, y_RH)
@@ -192,20 +194,16 @@ def _add_up(rows_PX: Tensor, trip: _AllToAllTrip) -> Tensor:
 
 
 class _ToExperts(torch.autograd.Function):
-    """Inputs: the trip, x [T, H], weights [T, K]. Ids and weights share a message, bit for bit."""
+    """Inputs: the trip, x [T, H], weights [T, K]."""
 
     @staticmethod
     def forward(ctx, trip, x_TH, weights_TK):  # type: ignore[no-untyped-def]
         ctx.trip = trip
-        wire, rows, ids_PK = trip.wire, trip.token_of_row_P, trip.ids_PK
-        top_k = ids_PK.shape[1]
-        wide = torch.promote_types(weights_TK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
         # Tokens first: while they travel, the host gets the rest ready.
-        x_RH = wire.exchange_rows(x_TH[rows], trip.send, trip.receive, "sending tokens")
-        packed_P = torch.cat((ids_PK, weights_TK[rows].to(wide).view(torch.int32)), dim=1)
-        packed_R = wire.exchange_rows(packed_P, trip.send, trip.receive, "sending expert ids and routing weights")
-        ids_RK = packed_R[:, :top_k].to(torch.int64)
-        weights_RK = packed_R[:, top_k:].contiguous().view(wide).to(weights_TK.dtype)
+        x_RH = trip.wire.exchange_rows(x_TH[trip.token_of_row_P], trip.send, trip.receive, "sending tokens")
+        if trip.choices is None:
+            trip.choices = _exchange_choices(trip, weights_TK)
+        ids_RK, weights_RK = (each.detach() for each in trip.choices)  # autograd makes outputs its own
         ctx.mark_non_differentiable(ids_RK)
         return x_RH, weights_RK, ids_RK
 
@@ -214,14 +212,24 @@ class _ToExperts(torch.autograd.Function):
     def backward(ctx, dx_RH, dweights_RK, _):  # type: ignore[no-untyped-def]
         trip, (_, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
         trip.recall.drop(trip)
-        dx_TH = dweights_TK = None
-        if need_x:
-            dx_PH = trip.wire.exchange_rows(dx_RH, trip.receive, trip.send, "returning gradients of tokens")
-            dx_TH = _add_up(dx_PH, trip)
-        if need_weights:
-            what = "returning gradients of routing weights"
-            dweights_TK = _add_up(trip.wire.exchange_rows(dweights_RK, trip.receive, trip.send, what), trip)
-        return None, dx_TH, dweights_TK
+        back = trip.receive, trip.send
+        # Both before anything is added up: a message waits for all that its stream was given before.
+        dx_PH = trip.wire.exchange_rows(dx_RH, *back, "returning gradients of tokens") if need_x else None
+        what = "returning gradients of routing weights"
+        dweights_PK = trip.wire.exchange_rows(dweights_RK, *back, what) if need_weights else None
+        return None, *(None if rows is None else _add_up(rows, trip) for rows in (dx_PH, dweights_PK))
+
+
+def _exchange_choices(trip: _AllToAllTrip, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """(local expert ids [R, K] int64, routing weights [R, K]) of the rows that arrive, in one message, bit for bit."""
+    top_k = trip.ids_PK.shape[1]
+    wide = torch.promote_types(weights_TK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
+    weights_PK = weights_TK[trip.token_of_row_P].to(wide)
+    packed_P = torch.cat((trip.ids_PK, weights_PK.view(torch.int32)), dim=1)
+    what = "sending expert ids and routing weights"
+    packed_R = trip.wire.exchange_rows(packed_P, trip.send, trip.receive, what)
+    ids_RK, weights_RK = packed_R[:, :top_k].to(torch.int64), packed_R[:, top_k:].contiguous().view(wide)
+    return ids_RK, weights_RK.to(weights_TK.dtype)
 
 
 class _FromExperts(torch.autograd.Function):

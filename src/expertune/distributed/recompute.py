@@ -1,8 +1,9 @@
 """The way that tokens took in a checkpointed forward, for the recomputation of that forward.
 
 Checkpointing runs a layer's forward once more in the backward. Its tokens choose the same experts, so they travel the
-same ways: no sizes have to be exchanged, and the host has not to wait for them, once a layer and step less. Autograd's
-graph has what the forward found out; with non-reentrant checkpointing it comes to the recomputation in this order:
+same ways: no sizes have to be exchanged, and the host has not to wait for them, once a layer and step less; nor are
+expert ids and routing weights sent again. Autograd's graph has what the forward found out; with non-reentrant
+checkpointing it comes to the recomputation in this order:
 
     backward of the results' return        leaves it here
     backward of the experts                asks for a saved tensor, so the forward runs again and takes it
