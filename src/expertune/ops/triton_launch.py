@@ -27,6 +27,7 @@ from triton.runtime import driver
 
 MOST_KEPT = 4096  # keys of a launcher; then it begins anew, and Triton finds the kernels again
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_ONE_ASKS = Lock()
 # What was compiled inside of `compile_only`; None outside of it.
 _compiled_only: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
 
@@ -169,7 +170,9 @@ class _Loading:
 
 def is_first(*what: object) -> bool:
     """Whether nobody asked with these arguments before, in whatever thread: who compiles ahead, and who need not."""
-    return _turn_of(*what).acquire(blocking=False)
+    with _ONE_ASKS:  # two threads that a cache misses for may get two locks
+        turn = _turn_of(*what)
+    return turn.acquire(blocking=False)
 
 
 @cache
