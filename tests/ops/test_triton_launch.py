@@ -222,6 +222,19 @@ def test_compile_only_compiles_what_is_not_compiled_and_launches_nothing() -> No
     assert len(kernel.compiled) == len(kernel.launched) == 1
 
 
+def test_inside_of_another_compile_only_the_outer_one_decides() -> None:
+    launcher = Launcher(kernel := Recorded())
+    with on_device(0):
+        with compile_only():
+            with compile_only():
+                launcher((2,), X, None, 32, True)
+            launcher((2,), X, None, 48, True)
+        assert len(kernel.warmed_up) == 2
+        assert kernel.compiled == []
+        launcher((2,), X, None, 32, True)
+    assert len(kernel.compiled) == 1
+
+
 def test_compile_only_ends_with_an_error() -> None:
     launcher = Launcher(kernel := Recorded())
     with on_device(0):

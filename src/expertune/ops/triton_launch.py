@@ -140,8 +140,11 @@ def compile_only() -> Iterator[None]:
 
     At the end every kernel is compiled and loaded, with what launches it (Triton 3.6 compiles that too, by the host's C
     compiler: 7 of 11 seconds), each as soon as it can be. One that cannot be is left to its launch, which raises
-    Triton's error. For the interpreter there is nothing to do.
+    Triton's error. For the interpreter there is nothing to do, nor inside of another one, which ends later.
     """
+    if _compiled_only.get() is not None:
+        yield
+        return
     side_by_side = getattr(triton, "AsyncCompileMode", None)  # from Triton 3.6 on
     compiled: list[Any] = []
     before = _compiled_only.set(compiled)
