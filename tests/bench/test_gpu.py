@@ -1,5 +1,6 @@
 """A small case on a real GPU, in bf16, with device events."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -22,14 +23,20 @@ def test_every_way_that_needs_no_rival_package_is_right_and_timed() -> None:
     device, timer = find_gpu()
     ways = [way for way in WAYS if not way.name.startswith(("axolotl", "sonic-moe"))]
     problem = draw_problem(CASE, seed=0, device=device)
-    for result in measure(problem, ways, timer, repeats=5, tell=print):
-        assert result.status == "ok", f"{result.way}: {result.note}"
-        assert result.p50_ms is not None
-        assert result.p50_queued_ms is not None
-        assert min(result.p50_ms, result.p50_queued_ms) > 0  # how they compare depends on what else runs on the GPU
-        assert result.peak_gib is not None
-        assert result.peak_gib > 0
-        assert result.worst_error is None or result.worst_error < 0.02
+    lowest = {way.name: math.inf for way in ways}
+    for _ in range(3):  # other processes may be using the GPU: what they do to one of two times, they do not always
+        for result in measure(problem, ways, timer, repeats=5, tell=print):
+            assert result.status == "ok", f"{result.way}: {result.note}"
+            assert result.p50_ms is not None
+            assert result.p50_queued_ms is not None
+            assert result.p50_queued_ms > 0
+            lowest[result.way] = min(lowest[result.way], result.p50_queued_ms / result.p50_ms)
+            assert result.peak_gib is not None
+            assert result.peak_gib > 0
+            assert result.worst_error is None or result.worst_error < 0.02
+        if max(lowest.values()) < 1.5:
+            break
+    assert max(lowest.values()) < 1.5, lowest
 
 
 def test_queued_does_not_count_the_gaps_between_launches() -> None:
