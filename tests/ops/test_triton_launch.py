@@ -213,11 +213,7 @@ def test_compile_only_compiles_what_is_not_compiled_and_launches_nothing() -> No
             launcher((2,), X.to("meta"), None, 32, True)
             launcher((2,), X.to("meta"), None, 7, True, num_warps=8)
         assert kernel.launched == []
-        assert [
-            tuple(rest)
-            for *_, number, constant, warps, stages in kernel.warmed_up
-            for rest in [(number, constant, warps, stages)]
-        ] == [(7, True, 8, 3)]
+        assert [warmed_up[2:] for warmed_up in kernel.warmed_up] == [(7, True, 8, 3)]
         launcher((2,), X, None, 32, True)
     assert len(kernel.compiled) == len(kernel.launched) == 1
 

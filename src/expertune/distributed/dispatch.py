@@ -156,6 +156,14 @@ class _AllToAllTrip:
     num_pairs: int
     choices: tuple[Tensor, Tensor] | None = None
 
+    def send_rows(self, rows_PX: Tensor, what: str) -> Tensor:
+        """Rows of tokens to the processes of their experts: [R, X]."""
+        return self.wire.exchange_rows(rows_PX, self.send, self.receive, what)
+
+    def return_rows(self, rows_RX: Tensor, what: str) -> Tensor:
+        """Rows that arrived here back to their tokens: [P, X]."""
+        return self.wire.exchange_rows(rows_RX, self.receive, self.send, what)
+
     def bring_home(self, y_RH: Tensor) -> Tensor:
         return _FromExperts.apply(self, y_RH)
 
@@ -200,7 +208,7 @@ class _ToExperts(torch.autograd.Function):
     def forward(ctx, trip, x_TH, weights_TK):  # type: ignore[no-untyped-def]
         ctx.trip = trip
         # Tokens first: while they travel, the host gets the rest ready.
-        x_RH = trip.wire.exchange_rows(x_TH[trip.token_of_row_P], trip.send, trip.receive, "sending tokens")
+        x_RH = trip.send_rows(x_TH[trip.token_of_row_P], "sending tokens")
         if trip.choices is None:
             trip.choices = _exchange_choices(trip, weights_TK)
         ids_RK, weights_RK = (each.detach() for each in trip.choices)  # autograd makes outputs its own
@@ -212,11 +220,10 @@ class _ToExperts(torch.autograd.Function):
     def backward(ctx, dx_RH, dweights_RK, _):  # type: ignore[no-untyped-def]
         trip, (_, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
         trip.recall.drop(trip)
-        back = trip.receive, trip.send
         # Both before anything is added up: a message waits for all that its stream was given before.
-        dx_PH = trip.wire.exchange_rows(dx_RH, *back, "returning gradients of tokens") if need_x else None
+        dx_PH = trip.return_rows(dx_RH, "returning gradients of tokens") if need_x else None
         what = "returning gradients of routing weights"
-        dweights_PK = trip.wire.exchange_rows(dweights_RK, *back, what) if need_weights else None
+        dweights_PK = trip.return_rows(dweights_RK, what) if need_weights else None
         return None, *(None if rows is None else _add_up(rows, trip) for rows in (dx_PH, dweights_PK))
 
 
@@ -226,8 +233,7 @@ def _exchange_choices(trip: _AllToAllTrip, weights_TK: Tensor) -> tuple[Tensor, 
     wide = torch.promote_types(weights_TK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
     weights_PK = weights_TK[trip.token_of_row_P].to(wide)
     packed_P = torch.cat((trip.ids_PK, weights_PK.view(torch.int32)), dim=1)
-    what = "sending expert ids and routing weights"
-    packed_R = trip.wire.exchange_rows(packed_P, trip.send, trip.receive, what)
+    packed_R = trip.send_rows(packed_P, "sending expert ids and routing weights")
     ids_RK, weights_RK = packed_R[:, :top_k].to(torch.int64), packed_R[:, top_k:].contiguous().view(wide)
     return ids_RK, weights_RK.to(weights_TK.dtype)
 
@@ -238,12 +244,11 @@ class _FromExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, trip, y_RH):  # type: ignore[no-untyped-def]
         ctx.trip = trip
-        return _add_up(trip.wire.exchange_rows(y_RH, trip.receive, trip.send, "returning results"), trip)
+        return _add_up(trip.return_rows(y_RH, "returning results"), trip)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TH):  # type: ignore[no-untyped-def]
         trip = ctx.trip
         trip.recall.leave(trip)
-        rows_PH = dy_TH[trip.token_of_row_P]
-        return None, trip.wire.exchange_rows(rows_PH, trip.send, trip.receive, "sending gradients of results")
+        return None, trip.send_rows(dy_TH[trip.token_of_row_P], "sending gradients of results")

@@ -42,6 +42,10 @@ class RowTable:
             self._zeros[:] = [self.entries_4M.new_zeros(count)]
         return self._zeros[-1]
 
+    def num_parts(self, num_rows: int) -> int:
+        """For how many chunks there must be room to keep their sums apart: 0 if no expert can have several."""
+        return self.capacity if num_rows > self.block_rows else 0
+
     @property
     def count_1(self) -> Tensor:
         """[1] int32, how many entries are used."""

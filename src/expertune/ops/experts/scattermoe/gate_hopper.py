@@ -341,10 +341,9 @@ def swiglu_backward_sums(
     tile = pick_backward_tile(max(padded1, padded2))
     num_blocks = cdiv(width, tile.columns)
     counters = chunks.counters(3 * num_experts * num_blocks)
-    # room for the parts: of no use, and not there, if no expert can have more rows than a chunk
-    parts = chunks.capacity if plan.num_rows > chunks.block_rows else 0
+    num_parts = chunks.num_parts(plan.num_rows)
     parts2, parts1 = (
-        torch.empty(parts, columns, padded, device=device, dtype=torch.float32)
+        torch.empty(num_parts, columns, padded, device=device, dtype=torch.float32)
         for columns, padded in ((width, padded2), (2 * width, padded1))
     )
     dp_NS = torch.empty(num_blocks, num_rows, device=device, dtype=torch.float32)

@@ -37,12 +37,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from expertune.ops.experts.scattermoe.launches import describe_hopper_linear
 from expertune.ops.experts.scattermoe.linear import (
-    DESCRIPTOR_BYTES,
     FAR,
     GROUP_TILES,
     TRITON_DTYPES,
     clipped_view,
     fits_descriptor,
+    is_aligned,
 )
 from expertune.ops.experts.scattermoe.tiles import RowTable
 from expertune.ops.experts.scattermoe.tiling import HOPPER_STAGES, HOPPER_TILE
@@ -352,9 +352,9 @@ def launch_hopper_linear(
 def _is_stack(weight_EYX: Tensor) -> bool:
     """Whether the matrices of all experts, as they are stored, are one matrix that a descriptor can hold."""
     (_, rows, stride), transposed = _stored(weight_EYX)
-    first, row_bytes = weight_EYX.stride(), stride * weight_EYX.element_size()
-    dense = first[1 if transposed else 2] == 1 and first[0] == rows * stride
-    return dense and not (row_bytes % DESCRIPTOR_BYTES or weight_EYX.data_ptr() % DESCRIPTOR_BYTES)
+    stride_expert, stride_out, stride_in = weight_EYX.stride()
+    is_dense = (stride_out if transposed else stride_in) == 1 and stride_expert == rows * stride
+    return is_dense and is_aligned(weight_EYX, [stride])
 
 
 def _stored(weight_EYX: Tensor) -> tuple[tuple[int, int, int], bool]:

@@ -262,10 +262,15 @@ def precision(rows: Tensor) -> str:
 def fits_descriptor(tensor: Tensor) -> bool:
     """Whether a tensor descriptor can hold it: last dimension dense, address and other strides of 16 bytes each."""
     *wide, last = tensor.stride()
-    if last != 1 or tensor.data_ptr() % DESCRIPTOR_BYTES:
-        return False
+    return last == 1 and is_aligned(tensor, wide)
+
+
+def is_aligned(tensor: Tensor, strides: Sequence[int]) -> bool:
+    """Whether the address and these strides are what a tensor descriptor asks of them."""
     size = tensor.element_size()
-    return not any([stride * size % DESCRIPTOR_BYTES for stride in wide])  # noqa: C419 - a list is half the cost
+    if tensor.data_ptr() % DESCRIPTOR_BYTES:
+        return False
+    return not any([stride * size % DESCRIPTOR_BYTES for stride in strides])  # noqa: C419 - a list is half the cost
 
 
 def _descriptor(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:

@@ -178,12 +178,11 @@ def launch_expert_sum(
     block_r, block_x = min(padded, BLOCK_RANK), tile.columns // (2 if left_SR.dtype == torch.float32 else 1)
     num_blocks, rank_blocks = cdiv(width, block_x), padded // block_r
     counters = chunks.counters(plan.num_experts * rank_blocks * num_blocks)
-    # room for the parts: of no use, and not there, if no expert can have more rows than a chunk
-    parts = chunks.capacity if plan.num_rows > chunks.block_rows else 0
+    num_parts = chunks.num_parts(plan.num_rows)
     _expert_sum(
         (num_blocks, chunks.capacity, rank_blocks), left_SR, rows.rows_NX, rows.rows_NX.stride(0),
         rows.index_S, p_S, scaling, out_ERX, *out_ERX.stride(),
-        torch.empty(parts, padded, width, device=device, dtype=torch.float32), counters, plan.row_fence_F,
+        torch.empty(num_parts, padded, width, device=device, dtype=torch.float32), counters, plan.row_fence_F,
         chunks.entries_4M, chunks.capacity, width, out_ERX.shape[1], rows.index_S is not None, p_S is not None, padded,
         precision(left_SR), chunks.block_rows, tile.rows, block_x, block_r, SLICE_COLUMNS,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
