@@ -1,8 +1,9 @@
-"""The training step of Qwen3-30B-A3B's layers in several processes: tokens/s of each GPU beside one GPU alone.
+"""The training step of a model's layers in several processes: tokens/s of each GPU beside one GPU alone.
 
     torchrun --nproc-per-node 1 benchmarks/expert_parallel.py --out EP.csv          # the same line with 2 and with 4
     torchrun --nproc-per-node 4 benchmarks/expert_parallel.py --out EP.csv --shard 2      # experts 2 x shards 2
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --balanced-routers
+    torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --model GLM-4.5-Air --no-overlap
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --tiny          # a toy on the CPU
 
 Weak scaling: every process has T tokens of its own, whatever their number. Random bf16 weights, made where they lie;
@@ -12,8 +13,12 @@ from a barrier to the device's end, and the slowest process's time counts. `max_
 pairs of a layer, what the busiest process has, times their number: 1 if all have the same, in the worst layer.
 
 Routers are random too, and tokens of a random model have much in common, so that some experts get most of them. With
---balanced-routers a router's logits are taken less their mean over the process's tokens, which is what a balanced
-router's bias does: tokens choose as different as they are, and experts get about the same.
+--balanced-routers a router's logits (GLM: its scores, where it chooses) are taken less their mean over the process's
+tokens, which is what a balanced router's bias does: tokens choose as different as they are, and experts get about the
+same.
+
+GLM-4.5-Air, all of its layers sparse here, has a shared expert beside the routed ones: it runs while tokens travel, as
+in a training run, or after them with --no-overlap.
 
 The row is appended to the CSV. `ratio_to_one` compares with the row of one process, the same layers, tokens and
 options, that the CSV has from before.
@@ -34,9 +39,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig
+from transformers import Glm4MoeConfig, PretrainedConfig, Qwen3MoeConfig
 from trl.trainer.utils import add_fused_lm_head
 
 import expertune
@@ -44,19 +50,47 @@ from environment import environment
 from expertune.distributed.gradients import clip_gradients, synchronise_gradients
 from expertune.distributed.mesh import ParallelMesh, join_mesh, leave_mesh
 from expertune.distributed.parameters import ShardedParameter
+from expertune.distributed.side_stream import SideStream
 from expertune.distributed.sizes import ParallelSizes
 from expertune.integrations import sharded_model
+from expertune.integrations.shared_overlap import overlap_shared_experts
 from expertune.layers.backends import pick_backend
 from expertune.layers.layout import is_experts_module
 from train_step import QWEN3_30B_A3B, RANK, TINY
 
 WARM_STEPS = 3
+GLM_4_5_AIR = {
+    "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944, "num_attention_heads": 96,
+    "num_key_value_heads": 8, "head_dim": 128, "n_routed_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1408, "n_shared_experts": 1, "first_k_dense_replace": 0,
+}  # fmt: skip
+TINY_GLM = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "n_shared_experts": 1, "first_k_dense_replace": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's configuration and its sizes: the real ones and a toy's."""
+
+    config: type[PretrainedConfig]
+    sizes: dict[str, Any]
+    tiny: dict[str, Any]
+
+
+ARCHITECTURES = {
+    "Qwen3-30B-A3B": Architecture(Qwen3MoeConfig, QWEN3_30B_A3B, TINY),
+    "GLM-4.5-Air": Architecture(Glm4MoeConfig, GLM_4_5_AIR, TINY_GLM),
+}
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is measured."""
 
+    model: str
     layers: int
     tokens: int
     rows: int
@@ -64,6 +98,8 @@ class Setting:
     backend: str
     checkpointing: bool
     balanced: bool
+    overlap: bool
+    deep_ep: bool
     steps: int
     tiny: bool
 
@@ -106,15 +142,23 @@ def balance(router: Any, _inputs: Any, outputs: Any) -> tuple[Tensor, Tensor, Te
     return logits_TE, scores_TK.to(weights_TK.dtype), ids_TK
 
 
+def balance_choice(router: Any, inputs: tuple[Tensor]) -> None:
+    """The bias of GLM's router, which counts for the choice alone: the mean of its scores over the tokens, negated."""
+    (hidden,) = inputs
+    scores_TE = F.linear(hidden.flatten(0, -2).float(), router.weight.float()).sigmoid()
+    router.e_score_correction_bias = -scores_TE.detach().mean(0)
+
+
 def routers_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+    return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
 
 
 def build(setting: Setting, mesh: ParallelMesh, device: torch.device) -> tuple[Any, list[ShardedParameter]]:
-    sizes = TINY if setting.tiny else QWEN3_30B_A3B
+    architecture = ARCHITECTURES[setting.model]
+    sizes = architecture.tiny if setting.tiny else architecture.sizes
     options = {"experts_implementation": setting.backend, "attn_implementation": "sdpa"}
     with tempfile.TemporaryDirectory() as folder:
-        Qwen3MoeConfig(**sizes, num_hidden_layers=setting.layers).save_pretrained(folder)
+        architecture.config(**sizes, num_hidden_layers=setting.layers).save_pretrained(folder)
         model = sharded_model.build_skeleton(folder, setting.dtype, **options)
         torch.manual_seed(0)
         lora = LoraConfig(
@@ -125,12 +169,15 @@ def build(setting: Setting, mesh: ParallelMesh, device: torch.device) -> tuple[A
         )
         model = get_peft_model(model, lora)
         parameters = sharded_model.spread_model(
-            model, folder, setting.dtype, mesh, device, fill=random_parts, **options
+            model, folder, setting.dtype, mesh, device, fill=random_parts, deep_ep=setting.deep_ep, **options
         )
     add_fused_lm_head(model.get_base_model())
     if setting.balanced:
         for router in routers_of(model):
-            router.register_forward_hook(balance)
+            if hasattr(router, "e_score_correction_bias"):
+                router.register_forward_pre_hook(balance_choice)
+            else:
+                router.register_forward_hook(balance)
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(), parameters
@@ -163,6 +210,9 @@ def busiest_share(model: nn.Module, ids: Tensor, sizes: ParallelSizes) -> float:
 
 def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[str, Any]:
     model, parameters = build(setting, mesh, device)
+    overlapped = 0
+    if setting.overlap and device.type == "cuda":
+        overlapped = len(overlap_shared_experts(model, SideStream(device)).layers)
     vocab = model.config.vocab_size
     optimizer = torch.optim.AdamW([each.parameter for each in parameters], lr=1e-4, fused=True)
     seconds, losses = [], []
@@ -191,13 +241,16 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
     peak = torch.tensor([torch.cuda.max_memory_allocated() if device.type == "cuda" else 0], device=device)
     peak_bytes = int(mesh.wire(None, "the benchmark").maximum(peak, "peak memory"))
     share = busiest_share(model, random_batch(setting, vocab, 0, device), mesh.sizes)
+    sharded_model.close_transport(model)
     p20, p50, p80 = (1000 * q for q in statistics.quantiles(seconds[WARM_STEPS:], n=10)[1:8:3])
     sizes = mesh.sizes
     return {
-        "processes": sizes.world, "expert_parallel_size": sizes.expert, "dp_shard_size": sizes.shard,
-        "dp_replicate_size": sizes.replicate, "layers": setting.layers, "tokens_per_gpu": setting.tokens,
-        "rank": RANK, "backend": setting.backend, "checkpointing": setting.checkpointing,
-        "balanced_routers": setting.balanced, "num_steps": setting.steps,
+        "model": setting.model, "processes": sizes.world, "expert_parallel_size": sizes.expert,
+        "dp_shard_size": sizes.shard, "dp_replicate_size": sizes.replicate,
+        "layers": setting.layers, "tokens_per_gpu": setting.tokens, "rank": RANK, "backend": setting.backend,
+        "expert_parallel_backend": "deep_ep" if setting.deep_ep else dist.get_backend(),
+        "checkpointing": setting.checkpointing, "balanced_routers": setting.balanced, "overlapped_layers": overlapped,
+        "num_steps": setting.steps,
         "p20_ms": round(p20, 1), "p50_ms": round(p50, 1), "p80_ms": round(p80, 1),
         "tokens_per_s_per_gpu": round(1000 * setting.tokens / p50), "first_step_s": round(seconds[0], 2),
         "peak_gib_per_gpu": round(peak_bytes / 2**30, 2), "max_pairs_share": round(share, 3),
@@ -205,7 +258,7 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
     }  # fmt: skip
 
 
-SAME = ("layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "balanced_routers", "device")
+SAME = ("model", "layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "balanced_routers", "device")
 
 
 def append(row: dict[str, Any], output: Path) -> None:
@@ -236,6 +289,7 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens/s of each GPU in several processes.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=ARCHITECTURES, default="Qwen3-30B-A3B")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8192, help="of each process in a step")
     parser.add_argument("--rows", type=int, default=2, help="sequences that these tokens make")
@@ -244,6 +298,8 @@ def main() -> None:
     parser.add_argument("--backend", help="of the experts (default: the best that runs)")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--balanced-routers", action="store_true", help="each expert gets about as many tokens")
+    parser.add_argument("--deep-ep", action="store_true", help="tokens travel by DeepEP")
+    parser.add_argument("--no-overlap", action="store_true", help="shared experts run after the routed ones")
     parser.add_argument("--steps", type=int, default=10, help="that count")
     parser.add_argument("--tiny", action="store_true", help="a toy on the CPU in fp32")
     arguments = parser.parse_args()
@@ -257,6 +313,7 @@ def main() -> None:
     if sizes.world != world:
         parser.error(f"{sizes.arithmetic()}, and there are {world} processes")
     setting = Setting(
+        model=arguments.model,
         layers=2 if arguments.tiny else arguments.layers,
         tokens=64 if arguments.tiny else arguments.tokens,
         rows=arguments.rows,
@@ -264,6 +321,8 @@ def main() -> None:
         backend=arguments.backend or pick_backend(device.type),
         checkpointing=not arguments.no_checkpointing,
         balanced=arguments.balanced_routers,
+        overlap=not arguments.no_overlap,
+        deep_ep=arguments.deep_ep,
         steps=arguments.steps,
         tiny=arguments.tiny,
     )

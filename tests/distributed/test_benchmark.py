@@ -16,19 +16,20 @@ from tests.distributed.processes import Crew
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def measure(sizes: ParallelSizes) -> dict[str, Any]:
+def measure(sizes: ParallelSizes, model: str) -> dict[str, Any]:
     sys.path.insert(0, str(BENCHMARKS))
     import expert_parallel
 
     setting = expert_parallel.Setting(
-        layers=2, tokens=64, rows=2, shard=sizes.shard, backend="torch_grouped", checkpointing=True, balanced=True,
-        steps=2, tiny=True,
+        model=model, layers=2, tokens=64, rows=2, shard=sizes.shard, backend="torch_grouped", checkpointing=True,
+        balanced=True, overlap=True, deep_ep=False, steps=2, tiny=True,
     )  # fmt: skip
     return expert_parallel.measure(setting, join_mesh(sizes, "cpu", timeout_s=30), torch.device("cpu"))
 
 
-def test_it_measures_and_compares_with_one_process(two: Crew, tmp_path: Path) -> None:
-    row, other = two.run(measure, ParallelSizes(expert=2))
+@pytest.mark.parametrize("model", ["Qwen3-30B-A3B", "GLM-4.5-Air"])
+def test_it_measures_and_compares_with_one_process(model: str, two: Crew, tmp_path: Path) -> None:
+    row, other = two.run(measure, ParallelSizes(expert=2), model)
     assert row["tokens_per_s_per_gpu"] == other["tokens_per_s_per_gpu"], "the slowest process counts in all"
     assert 1.0 <= row["max_pairs_share"] <= 2.0
     assert float(row["last_loss"]) < float(row["first_loss"]) + 0.1
@@ -55,3 +56,19 @@ def test_balanced_routers_balance(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(weights_TK.sum(-1), torch.ones(512))
     counts_E = torch.bincount(ids_TK.flatten(), minlength=8)
     assert counts_E.max() < 1.5 * counts_E.float().mean()
+
+
+def test_the_bias_of_a_choice_balances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import expert_parallel
+
+    router = SimpleNamespace(weight=torch.randn(8, 16) / 10, e_score_correction_bias=torch.zeros(8))
+    hidden = torch.randn(2, 256, 16) + 3 * torch.randn(16)  # what all have in common chooses for all
+    expert_parallel.balance_choice(router, (hidden,))
+    scores_TE = (hidden.flatten(0, 1) @ router.weight.T).sigmoid()
+
+    def busiest(scores_TE: torch.Tensor) -> float:
+        counts_E = torch.bincount(scores_TE.topk(2).indices.flatten(), minlength=8).float()
+        return float(counts_E.max() / counts_E.mean())
+
+    assert busiest(scores_TE + router.e_score_correction_bias) < 0.8 * busiest(scores_TE)
