@@ -123,7 +123,7 @@ def through(shard: ExpertShard, case: Case) -> dict[str, Any]:
     x_TH, weights_TK = problem["x"][rank].requires_grad_(), problem["weights"][rank].requires_grad_()
     arrived = send_to_experts(x_TH, problem["ids"][rank], weights_TK, shard)
     plan = build_plan(arrived.expert_ids_RK, each, sentinels=True, num_live_rows=arrived.trip.num_pairs)
-    y_RH = run_expert_mlp(case.backend, arrived.x_RH, arrived.weights_RK, plan, up, down, SWIGLU)
+    y_RH = run_expert_mlp(case.backend, arrived.wait_for_x(), arrived.weights_RK, plan, up, down, SWIGLU)
     y_TH = return_from_experts(y_RH, arrived)
     grads = torch.autograd.grad(y_TH, [x_TH, weights_TK, *_loras(up, down)], problem["dy"][rank])
     return {
@@ -132,7 +132,7 @@ def through(shard: ExpertShard, case: Case) -> dict[str, Any]:
         "dweights": grads[1],
         "dloras": grads[2:],
         "rows": plan.num_rows,
-        "arrived": len(arrived.x_RH),
+        "arrived": len(arrived.wait_for_x()),
     }
 
 

@@ -62,7 +62,7 @@ class Layer(nn.Module):
         weights_TK, ids_TK = self.choose(x_TH)
         arrived = send_to_experts(x_TH, ids_TK, weights_TK, self.shard)
         matrices = torch.cat((self.experts, self.experts.new_zeros(1, HIDDEN, HIDDEN)))  # -1: zeros
-        y_RKH = torch.einsum("rh,rkhj->rkj", arrived.x_RH, matrices[arrived.expert_ids_RK])
+        y_RKH = torch.einsum("rh,rkhj->rkj", arrived.wait_for_x(), matrices[arrived.expert_ids_RK])
         y_TH = return_from_experts(torch.einsum("rkh,rk->rh", y_RKH, arrived.weights_RK), arrived)
         return x_TH + (y_TH * y_TH if self.saves_behind else y_TH)
 
@@ -88,7 +88,7 @@ def run(case: Case, kind: type[Layer] = Layer) -> tuple[list[Tensor], int, list[
     inputs = [x[:size].requires_grad_() for x, size in zip(inputs, TOKENS[rank], strict=True)][: case.forwards]
     with (
         patch.object(Wire, "exchange_counts", autospec=True, side_effect=Wire.exchange_counts) as exchanged,
-        patch.object(Wire, "exchange_rows", autospec=True, side_effect=Wire.exchange_rows) as sent,
+        patch.object(Wire, "start_rows", autospec=True, side_effect=Wire.start_rows) as sent,
     ):
         loss = torch.zeros(())
         for x_TH in inputs:

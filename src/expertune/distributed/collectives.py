@@ -36,17 +36,21 @@ class Wire:
         """The number of processes in the group."""
         return dist.get_world_size(self.group)
 
-    def exchange_rows(self, rows_PX: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> Tensor:
+    def start_rows(self, rows_PX: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> "Underway":
         """Send `send[r]` rows [*, ...] to each rank r of the group, get `receive[r]` of each: [sum(receive), ...].
 
-        rows_PX: sorted by destination. Zero rows in any direction are fine.
+        rows_PX: sorted by destination. Zero rows in any direction are fine. Other work may be given to the device
+        before the result is waited for.
         """
         out = rows_PX.new_empty(sum(receive), *rows_PX.shape[1:])
         rows_PX = rows_PX.contiguous()
         with self._named(what):
             work = dist.all_to_all_single(out, rows_PX, list(receive), list(send), group=self.group, async_op=True)
-            self._finish(work, rows_PX, what)
-        return out
+        return Underway(self, what, out, rows_PX, work)
+
+    def exchange_rows(self, rows_PX: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> Tensor:
+        """`start_rows`, and wait for them."""
+        return self.start_rows(rows_PX, send, receive, what).wait()
 
     def exchange_counts(
         self, counts_NC: Tensor, what: str, *, meanwhile: Callable[[], None] | None = None
@@ -54,16 +58,17 @@ class Wire:
         """Send row r of [N, C] integers to rank r of the N in the group; returns what was sent and what each sent here.
 
         The host waits for the numbers: the one place in a layer where a stalled or lost rank is certain to be noticed.
-        meanwhile: called once they are under way. Its errors are its own.
+        meanwhile: called once they are under way; the device need not wait for them with what it is given there. Its
+        errors are its own.
         """
         received_NC = torch.empty_like(counts_NC)
         with self._named(what):
             work = dist.all_to_all_single(received_NC, counts_NC.contiguous(), group=self.group, async_op=True)
+            read = self._start_reading((counts_NC, received_NC), work, what)
         if meanwhile is not None:
             meanwhile()
         with self._named(what):
-            self._finish(work, counts_NC, what)
-            sent, received = self._read((counts_NC, received_NC), what)
+            sent, received = read()
         return sent, received
 
     def sum(self, values: Tensor, what: str, *, wait: bool = False) -> Tensor:
@@ -109,23 +114,43 @@ class Wire:
         if wait:
             self._wait_for_device(what)
 
-    def _read(self, tensors: Sequence[Tensor], what: str) -> list[Any]:
-        """The tensors' values on the host."""
+    def _start_reading(self, tensors: Sequence[Tensor], work: dist.Work, what: str) -> Callable[[], list[Any]]:
+        """What waits for the work and returns the tensors' values on the host."""
         if not tensors[0].is_cuda:
-            return [values.tolist() for values in tensors]
-        # Copies, which need no multiprocessor: the GPU may be full of what runs meanwhile.
+
+            def read_here() -> list[Any]:
+                self._finish(work, tensors[0], what)
+                return [values.tolist() for values in tensors]
+
+            return read_here
+        # Copies, which need no multiprocessor: the GPU may be full of what runs meanwhile. They have a stream of their
+        # own, so that the current one has not to wait.
         pinned = [torch.empty(values.shape, dtype=values.dtype, pin_memory=True) for values in tensors]
-        for there, here in zip(tensors, pinned, strict=True):
-            here.copy_(there, non_blocking=True)
-        self._wait_for_device(what)
-        return [here.tolist() for here in pinned]
+        aside = torch.cuda.Stream(tensors[0].device, priority=-1)
+        with torch.cuda.stream(aside):
+            work.wait()
+            for there, here in zip(tensors, pinned, strict=True):
+                there.record_stream(aside)
+                here.copy_(there, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+
+        def read_there() -> list[Any]:
+            self._wait_for_event(copied, what)
+            return [here.tolist() for here in pinned]
+
+        return read_there
 
     def _wait_for_device(self, what: str) -> None:
-        """Wait until the current stream has come this far, by looking, with the clock."""
+        """Wait until the current stream has come this far."""
         here = torch.cuda.Event()
         here.record()
+        self._wait_for_event(here, what)
+
+    def _wait_for_event(self, event: torch.cuda.Event, what: str) -> None:
+        """By looking, with the clock."""
         start = time.monotonic()
-        while not here.query():
+        while not event.query():
             if time.monotonic() - start > self.timeout_s:
                 raise self._error(what, f"nothing arrived for {self.timeout_s:g} s")
             time.sleep(0)  # other threads of Python may run
@@ -159,3 +184,25 @@ class Wire:
             "One of them has stopped, is stuck or was killed: its own output says why. `--resume` goes on from the "
             "last checkpoint; ddp_timeout is how long to wait."
         )
+
+
+@dataclass
+class Underway:
+    """Rows that are sent and received; nobody may read them before `wait`.
+
+    rows: [R, ...], where they arrive. sent: kept until then.
+    """
+
+    wire: Wire
+    what: str
+    rows: Tensor
+    sent: Tensor | None
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """On a CPU, until they are here; on a GPU its current stream waits. Once is enough."""
+        if self.work is not None and self.sent is not None:
+            with self.wire._named(self.what):
+                self.wire._finish(self.work, self.sent, self.what)
+            self.work = self.sent = None
+        return self.rows

@@ -8,11 +8,14 @@ weights of token t and e its experts:
 The inner sum is what the local backend computes anyway. So a token travels once to each process that has any of its
 experts, not once for each expert (K = 8 of 128 experts on 2 processes: 2 rows, not 8), with its K expert ids (local;
 -1, a sentinel, where another process has that expert) and its K routing weights; and one partial sum comes back.
-No token is dropped and no buffer is padded: the sizes are exchanged first, which the host waits for (`recompute` has
-them from the forward).
+No token is dropped and no message is padded: the sizes are exchanged first, which the host waits for (`recompute` has
+them from the forward). All that needs no sizes is given to the device before that wait.
 
 Backward is the mirror image: dy goes out as x did and dx and dp come back, each once for each process of a token.
 Partial sums are added in fp32 and in process order, so a run repeats bit for bit.
+
+The device has something to do while rows travel: the plan of the local experts (x), and the forward that checkpointing
+runs again (dy). So both are waited for as late as possible.
 
 Here the rows travel by the process group's all-to-all; `deep_ep.py` has another transport with the same two operations.
 
@@ -29,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune.distributed.collectives import Wire
+from expertune.distributed.collectives import Underway, Wire
 from expertune.distributed.recompute import Recall
 from expertune.ops.destinations import find_destinations
 from expertune.ops.plan import ExpertPlan, has_triton
@@ -64,13 +67,14 @@ class AllToAll:
         """See `send_to_experts`."""
         trip = shard.recall.take()
         if trip is None:
-            trip = _plan_trip(expert_ids_TK, shard)
+            trip, x_PH = _plan_trip(x_TH.detach(), expert_ids_TK, weights_TK.detach(), shard)
         else:
             torch._assert_async((expert_ids_TK == trip.expert_ids_TK).all(), "recomputed tokens choose other experts")
+            x_PH = x_TH.detach()[trip.token_of_row_P]
             if shard.meanwhile is not None:
                 shard.meanwhile()
-        x_RH, weights_RK, ids_RK = _ToExperts.apply(trip, x_TH, weights_TK)
-        return Arrived(trip, x_RH, ids_RK, weights_RK)
+        x_RH, weights_RK, underway = _ToExperts.apply(trip, x_PH, x_TH, weights_TK)
+        return Arrived(trip, trip.ids_RK, weights_RK, x_RH, underway)
 
     def close(self) -> None:
         """It holds nothing."""
@@ -106,16 +110,24 @@ class ExpertShard:
 
 @dataclass(frozen=True)
 class Arrived:
-    """The rows that reached this process, for its own experts.
+    """The rows for this process's own experts.
 
-    x_RH: [R, H]. expert_ids_RK: [R, K] int64, ids of this process's experts, -1 where another process has the expert.
+    expert_ids_RK: [R, K] int64, ids of this process's experts, -1 where another process has the expert.
     weights_RK: [R, K], the routing weights; those of sentinels count for nothing.
+    x_on_its_way_RH, underway: see `wait_for_x`; None: it is here.
     """
 
     trip: Trip
-    x_RH: Tensor
     expert_ids_RK: Tensor
     weights_RK: Tensor
+    x_on_its_way_RH: Tensor
+    underway: Underway | None = None
+
+    def wait_for_x(self) -> Tensor:
+        """The rows [R, H]. What does not need them goes to the device before."""
+        if self.underway is not None:
+            self.underway.wait()
+        return self.x_on_its_way_RH
 
 
 def send_to_experts(x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: ExpertShard) -> Arrived:
@@ -137,44 +149,58 @@ def return_from_experts(y_RH: Tensor, arrived: Arrived) -> Tensor:
 class _AllToAllTrip:
     """Which tokens of this process go where, and how many rows come from where.
 
-    expert_ids_TK: what the tokens chose. ids_PK: int32, local expert ids of each row that is sent, -1 where another
-    process has the expert.
+    expert_ids_TK: what the tokens chose.
     token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
     sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
     send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
-    choices: ids [R, K] and weights [R, K] of the rows that arrived, once they have: a recomputation has the same.
+    ids_RK, weights_RK: of the rows that arrive.
+    dy: the gradients of the results, while they travel here.
     """
 
     wire: Wire
     recall: "Recall[_AllToAllTrip]"
     expert_ids_TK: Tensor
-    ids_PK: Tensor
     token_of_row_P: Tensor
     sums: ExpertPlan
     send: tuple[int, ...]
     receive: tuple[int, ...]
     num_pairs: int
-    choices: tuple[Tensor, Tensor] | None = None
+    ids_RK: Tensor
+    weights_RK: Tensor
+    dy: Underway | None = None
 
-    def send_rows(self, rows_PX: Tensor, what: str) -> Tensor:
+    def send_rows(self, rows_PX: Tensor, what: str) -> Underway:
         """Rows of tokens to the processes of their experts: [R, X]."""
-        return self.wire.exchange_rows(rows_PX, self.send, self.receive, what)
+        return self.wire.start_rows(rows_PX, self.send, self.receive, what)
 
     def return_rows(self, rows_RX: Tensor, what: str) -> Tensor:
         """Rows that arrived here back to their tokens: [P, X]."""
         return self.wire.exchange_rows(rows_RX, self.receive, self.send, what)
 
     def bring_home(self, y_RH: Tensor) -> Tensor:
-        return _FromExperts.apply(self, y_RH)
+        return _FromExperts.apply(self, _LateGradient.apply(self, y_RH))
 
 
-def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> _AllToAllTrip:
-    """Waits for the other processes."""
-    num_tokens, num_owners = expert_ids_TK.shape[0], shard.wire.size
+def _plan_trip(
+    x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: ExpertShard
+) -> tuple[_AllToAllTrip, Tensor]:
+    """(the trip, x of the rows that are sent [P, H]). Waits for the other processes."""
+    (num_tokens, top_k), num_owners = expert_ids_TK.shape, shard.wire.size
     # All that does not need the sizes comes before the wait for them, after which the device has nothing else to do.
     found = find_destinations(expert_ids_TK, num_owners, shard.num_local)
+    most = num_tokens * min(num_owners, top_k)
+    rows_MH, choices_MX = x_TH.new_empty(0), found.ids_MK
+
+    def get_ready() -> None:
+        nonlocal rows_MH, choices_MX
+        if shard.meanwhile is not None:
+            shard.meanwhile()
+        token_M = found.token_M[:most]
+        rows_MH = x_TH[token_M]
+        choices_MX = _pack_choices(found.ids_MK[:most], weights_TK[token_M])
+
     what = "exchange of the dispatch's sizes"
-    sent, received = shard.wire.exchange_counts(found.counts_N2, what, meanwhile=shard.meanwhile)
+    sent, received = shard.wire.exchange_counts(found.counts_N2, what, meanwhile=get_ready)
     if sum(pairs for _, pairs in sent) != expert_ids_TK.numel():
         raise ValueError(
             f"expert_ids_TK: ids span {int(expert_ids_TK.min())} to {int(expert_ids_TK.max())}, need 0 to "
@@ -182,12 +208,18 @@ def _plan_trip(expert_ids_TK: Tensor, shard: ExpertShard) -> _AllToAllTrip:
         )
     send, receive = (tuple(rows for rows, _ in half) for half in (sent, received))
     num_sent = sum(send)
-    token_P, slot_P, ids_PK = (each[:num_sent] for each in (found.token_M, found.slot_M, found.ids_MK))
+    what = "sending expert ids and routing weights"
+    choices_RX = shard.wire.exchange_rows(choices_MX[:num_sent], send, receive, what)
+    ids_RK, weights_RK = _unpack_choices(choices_RX, top_k, weights_TK.dtype)
+    token_P, slot_P = found.token_M[:num_sent], found.slot_M[:num_sent]
     sums = ExpertPlan(
         num_tokens, num_owners, 1, slot_P, found.row_of_slot_M, token_P, found.fence_2, has_sentinels=True
     )
     num_pairs = sum(pairs for _, pairs in received)
-    return _AllToAllTrip(shard.wire, shard.recall, expert_ids_TK, ids_PK, token_P, sums, send, receive, num_pairs)
+    trip = _AllToAllTrip(
+        shard.wire, shard.recall, expert_ids_TK, token_P, sums, send, receive, num_pairs, ids_RK, weights_RK
+    )
+    return trip, rows_MH[:num_sent]
 
 
 def _add_up(rows_PX: Tensor, trip: _AllToAllTrip) -> Tensor:
@@ -202,44 +234,40 @@ def _add_up(rows_PX: Tensor, trip: _AllToAllTrip) -> Tensor:
 
 
 class _ToExperts(torch.autograd.Function):
-    """Inputs: the trip, x [T, H], weights [T, K]."""
+    """Inputs: the trip, x of the rows that are sent [P, H], x [T, H], weights [T, K]."""
 
     @staticmethod
-    def forward(ctx, trip, x_TH, weights_TK):  # type: ignore[no-untyped-def]
+    def forward(ctx, trip, x_PH, x_TH, weights_TK):  # type: ignore[no-untyped-def]
         ctx.trip = trip
-        # Tokens first: while they travel, the host gets the rest ready.
-        x_RH = trip.send_rows(x_TH[trip.token_of_row_P], "sending tokens")
-        if trip.choices is None:
-            trip.choices = _exchange_choices(trip, weights_TK)
-        ids_RK, weights_RK = (each.detach() for each in trip.choices)  # autograd makes outputs its own
-        ctx.mark_non_differentiable(ids_RK)
-        return x_RH, weights_RK, ids_RK
+        underway = trip.send_rows(x_PH, "sending tokens")
+        return underway.rows, trip.weights_RK.detach(), underway  # detached: autograd makes outputs its own
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_RH, dweights_RK, _):  # type: ignore[no-untyped-def]
-        trip, (_, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
+        trip, (*_, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
         trip.recall.drop(trip)
         # Both before anything is added up: a message waits for all that its stream was given before.
         dx_PH = trip.return_rows(dx_RH, "returning gradients of tokens") if need_x else None
         what = "returning gradients of routing weights"
         dweights_PK = trip.return_rows(dweights_RK, what) if need_weights else None
-        return None, *(None if rows is None else _add_up(rows, trip) for rows in (dx_PH, dweights_PK))
+        return None, None, *(None if rows is None else _add_up(rows, trip) for rows in (dx_PH, dweights_PK))
 
 
-def _exchange_choices(trip: _AllToAllTrip, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """(local expert ids [R, K] int64, routing weights [R, K]) of the rows that arrive, in one message, bit for bit."""
-    top_k = trip.ids_PK.shape[1]
-    wide = torch.promote_types(weights_TK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
-    weights_PK = weights_TK[trip.token_of_row_P].to(wide)
-    packed_P = torch.cat((trip.ids_PK, weights_PK.view(torch.int32)), dim=1)
-    packed_R = trip.send_rows(packed_P, "sending expert ids and routing weights")
-    ids_RK, weights_RK = packed_R[:, :top_k].to(torch.int64), packed_R[:, top_k:].contiguous().view(wide)
-    return ids_RK, weights_RK.to(weights_TK.dtype)
+def _pack_choices(ids_PK: Tensor, weights_PK: Tensor) -> Tensor:
+    """int32 local expert ids and routing weights in one tensor [P, X] of int32, bit for bit."""
+    wide = torch.promote_types(weights_PK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
+    return torch.cat((ids_PK, weights_PK.to(wide).view(torch.int32)), dim=1)
+
+
+def _unpack_choices(packed_RX: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(local expert ids [R, K] int64, routing weights [R, K] of the dtype) of `_pack_choices`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return packed_RX[:, :top_k].to(torch.int64), packed_RX[:, top_k:].contiguous().view(wide).to(dtype)
 
 
 class _FromExperts(torch.autograd.Function):
-    """Inputs: the trip, y [R, H]."""
+    """Inputs: the trip, y [R, H] that `_LateGradient` returned."""
 
     @staticmethod
     def forward(ctx, trip, y_RH):  # type: ignore[no-untyped-def]
@@ -251,4 +279,26 @@ class _FromExperts(torch.autograd.Function):
     def backward(ctx, dy_TH):  # type: ignore[no-untyped-def]
         trip = ctx.trip
         trip.recall.leave(trip)
-        return None, trip.send_rows(dy_TH[trip.token_of_row_P], "sending gradients of results")
+        trip.dy = trip.send_rows(dy_TH[trip.token_of_row_P], "sending gradients of results")
+        return None, trip.dy.rows
+
+
+class _LateGradient(torch.autograd.Function):
+    """y [R, H] as it is. Its backward waits for dy, after the forward ran again where checkpointing wants that.
+
+    A saved tensor is what checkpointing runs the forward again for, so this one, which is empty, is asked for first.
+    """
+
+    @staticmethod
+    def forward(ctx, trip, y_RH):  # type: ignore[no-untyped-def]
+        ctx.trip = trip
+        ctx.save_for_backward(y_RH.new_empty(0))
+        return y_RH.view_as(y_RH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_RH):  # type: ignore[no-untyped-def]
+        trip, _ = ctx.trip, ctx.saved_tensors
+        trip.dy.wait()
+        trip.dy = None
+        return None, dy_RH

@@ -78,7 +78,7 @@ def launch_destinations(expert_ids_TK: Tensor, num_owners: int, num_local: int) 
     expert_ids_TK = expert_ids_TK.contiguous()
     (num_tokens, top_k), num_most = expert_ids_TK.shape, expert_ids_TK.shape[0] * num_owners
     counts_N2 = torch.zeros(num_owners, 2, dtype=torch.int64, device=expert_ids_TK.device)
-    token_M, slot_M, row_of_slot_M = counts_N2.new_empty(3, num_most)
+    token_M, slot_M, row_of_slot_M = counts_N2.new_zeros(3, num_most)
     goes_M, ids_MK = (
         torch.empty(*shape, dtype=torch.int32, device=expert_ids_TK.device)
         for shape in ((num_most,), (num_most, top_k))

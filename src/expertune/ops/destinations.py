@@ -26,11 +26,12 @@ from expertune.ops.plan import has_triton
 
 @dataclass(frozen=True)
 class Destinations:
-    """The possible rows, M = N T of them, of which the first `fence_2[1]` are there.
+    """The possible rows, M = N T of them, of which the first `fence_2[1]` are there: at most T min(N, K).
 
-    token_M: int64, the token of each row. slot_M: int64, its t N + n. ids_MK: int32, its experts as their process
-    counts them, -1 for another process's. row_of_slot_M: int64, the row at t N + n, or M if there is none.
-    counts_N2: int64, of each process the rows and the (token, expert) pairs. fence_2: int32, 0 and all rows.
+    token_M: int64, the token of each row; of those that are not there, any. slot_M: int64, its t N + n. ids_MK: int32,
+    its experts as their process counts them, -1 for another process's. row_of_slot_M: int64, the row at t N + n, or M
+    if there is none. counts_N2: int64, of each process the rows and the (token, expert) pairs. fence_2: int32, 0 and
+    all rows.
     """
 
     token_M: Tensor
