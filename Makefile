@@ -22,9 +22,10 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: quickstart test check setup clean
 
+# One process uses one GPU; of several, the first is enough for this model.
 quickstart: $(READY)
 	@test ! -e runs/quickstart || mv runs/quickstart runs/quickstart-before-$$(date +%Y%m%d-%H%M%S)
-	$(PY) -m expertune train examples/quickstart.yaml
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(PY) -m expertune train examples/quickstart.yaml
 
 # Tests start some hundred processes: one that may not keep what it compiled of Transformers takes 13 seconds, not 5.
 test: $(READY_DEV)

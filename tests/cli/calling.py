@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from expertune.cli.main import app
+from tests.one_gpu import FIRST_GPU, one_gpu
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny_moe" / "model"
@@ -23,16 +24,21 @@ def call(*arguments: str | Path, typed: str | None = None, columns: int = 80) ->
     typed: standard input. columns: width of the terminal, which it does not write to.
     """
     environment = {"COLUMNS": str(columns), "FORCE_COLOR": ""}
-    return CliRunner(env=environment).invoke(app, [str(argument) for argument in arguments], input=typed)
+    with one_gpu():
+        return CliRunner(env=environment).invoke(app, [str(argument) for argument in arguments], input=typed)
 
 
 def call_alone(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments in a process of its own that can import this repository."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])),
-        "COLUMNS": "80",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = (
+        os.environ
+        | FIRST_GPU
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])),
+            "COLUMNS": "80",
+            "OMP_NUM_THREADS": "1",
+        }
+    )
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, check=False, timeout=300
     )

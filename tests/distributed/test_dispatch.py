@@ -2,20 +2,25 @@
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from expertune.distributed.collectives import Wire
+from expertune.distributed.collectives import Underway, Wire
 from expertune.distributed.dispatch import ExpertShard, return_from_experts, send_to_experts
 from expertune.distributed.mesh import EXPERT, join_mesh
 from expertune.distributed.sizes import ParallelSizes
+from expertune.integrations import experts
+from expertune.integrations.experts import SHARD
 from expertune.layers.running import run_expert_mlp
 from expertune.ops.experts.gates import SWIGLU
 from expertune.ops.experts.reference import reference_expert_mlp
 from expertune.ops.experts.types import ExpertLora, ExpertProjection
-from expertune.ops.plan import build_plan
+from expertune.ops.plan import ExpertPlan, build_plan
 from tests.comparing import assert_agrees
 from tests.distributed.processes import Crew
 
@@ -165,6 +170,35 @@ def test_it_equals_the_oracle(name: str, two: Crew, four: Crew) -> None:
 def test_a_token_travels_once_to_a_process(two: Crew) -> None:
     arrived = [each["arrived"] for each in two.run(dispatched, CASES["all tokens to the first process"])]
     assert arrived == [9, 0]  # 5 and 4 tokens, K = 2 experts each, one row
+
+
+def of_the_experts(_: None) -> list[str]:
+    """What an experts module of two experts, of four, does with tokens that arrive."""
+    mesh, events = join_mesh(ParallelSizes(expert=2), "cpu", timeout_s=30), []
+    module = Qwen3MoeExperts(Qwen3MoeConfig(hidden_size=HIDDEN, moe_intermediate_size=WIDTH, num_experts=2))
+    module.requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.zero_()
+    setattr(module, SHARD, ExpertShard(mesh.wire(EXPERT, "the test's layer"), mesh.index(EXPERT), 2))
+    wait, build = Underway.wait, experts.run_build_plan
+
+    def waited(underway: Underway) -> Tensor:
+        events.append(underway.what)
+        return wait(underway)
+
+    def built(*args: Any, **kwargs: Any) -> ExpertPlan:
+        events.append("plan")
+        return build(*args, **kwargs)
+
+    with patch.object(Underway, "wait", waited), patch.object(experts, "run_build_plan", built):
+        ids_TK = torch.tensor([[0, 2], [1, 3]])
+        experts.experts_forward("torch_grouped", module, torch.zeros(2, HIDDEN), ids_TK, torch.ones(2, 2))
+    return events
+
+
+def test_the_plan_is_made_while_tokens_travel(two: Crew) -> None:
+    want = ["sending expert ids and routing weights", "plan", "sending tokens", "returning results"]
+    assert two.run(of_the_experts, None) == [want, want]
 
 
 def out_of_range(_: None) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from expertune.train.config import load_config
 from expertune.train.run import RunReport, train
+from tests.one_gpu import FIRST_GPU, one_gpu
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny_moe" / "model"
@@ -51,14 +52,15 @@ def run(config: Path, *overrides: str, resume: bool = False) -> tuple[RunReport,
     """Train in this process; returns the report and what was printed."""
     output = StringIO()
     console = Console(file=output, width=200)
-    report = train(load_config(config, overrides).config, console, resume=resume, resume_command="RESUME")
+    with one_gpu():
+        report = train(load_config(config, overrides).config, console, resume=resume, resume_command="RESUME")
     return report, output.getvalue()
 
 
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     """Train in a process of its own, to be stopped by signals."""
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | FIRST_GPU | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.Popen(
         [sys.executable, "-m", "expertune", "train", str(config), *arguments],
         stdout=subprocess.PIPE,

@@ -11,8 +11,8 @@ one partial sum comes back. P rows go out and, at an even load, as many come in,
     backward   send dy [P, H] | receive [P, H] | a forward again, if checkpointing wants that | local backward |
                return dx [P, H] | sum dx in fp32
 
-A first forward gathers what is sent before it knows P: T min(N, K) rows. What is sent of dy is kept until it is received,
-behind that forward.
+A first forward gathers what is sent before it knows P: T min(N, K) rows. What is sent of dy is kept until dy is waited
+for, behind the forward that runs again.
 """
 
 from collections.abc import Callable
