@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -173,7 +174,7 @@ def test_a_token_travels_once_to_a_process(two: Crew) -> None:
 
 
 def of_the_experts(_: None) -> list[str]:
-    """What an experts module of two experts, of four, does with tokens that arrive."""
+    """What an experts module of two experts, of four, does with tokens that arrive, and in a checkpointed backward."""
     mesh, events = join_mesh(ParallelSizes(expert=2), "cpu", timeout_s=30), []
     module = Qwen3MoeExperts(Qwen3MoeConfig(hidden_size=HIDDEN, moe_intermediate_size=WIDTH, num_experts=2))
     module.requires_grad_(False)
@@ -191,14 +192,16 @@ def of_the_experts(_: None) -> list[str]:
         return build(*args, **kwargs)
 
     with patch.object(Underway, "wait", waited), patch.object(experts, "run_build_plan", built):
-        ids_TK = torch.tensor([[0, 2], [1, 3]])
-        experts.experts_forward("torch_grouped", module, torch.zeros(2, HIDDEN), ids_TK, torch.ones(2, 2))
+        x_TH, ids_TK = torch.zeros(2, HIDDEN, requires_grad=True), torch.tensor([[0, 2], [1, 3]])
+        arguments = "torch_grouped", module, x_TH, ids_TK, torch.ones(2, 2)
+        checkpoint(experts.experts_forward, *arguments, use_reentrant=False).sum().backward()
     return events
 
 
-def test_the_plan_is_made_while_tokens_travel(two: Crew) -> None:
-    want = ["sending expert ids and routing weights", "plan", "sending tokens", "returning results"]
-    assert two.run(of_the_experts, None) == [want, want]
+def test_the_plan_is_made_once_while_tokens_travel(two: Crew) -> None:
+    forward = ["sending expert ids and routing weights", "plan", "sending tokens", "returning results"]
+    backward = ["sending tokens", "sending gradients of results", "returning gradients of tokens"]
+    assert two.run(of_the_experts, None) == [forward + backward] * 2
 
 
 def out_of_range(_: None) -> str:

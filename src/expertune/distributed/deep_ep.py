@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from expertune.distributed.collectives import Wire
 from expertune.distributed.dispatch import Arrived, ExpertShard
 from expertune.errors import ConfigError
+from expertune.ops.plan import ExpertPlan
 
 _WIDTH_STEP = 256
 """Values of a row that a warp of the combine adds at a time; what is left over is not safe in every version:
@@ -125,14 +126,18 @@ def _import() -> Any:
     return deep_ep
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Trip:
-    """handle: what DeepEP needs to go the same way again. num_pairs: (token, expert) pairs that arrived here."""
+    """handle: what DeepEP needs to go the same way again. num_pairs: (token, expert) pairs that arrived here.
+
+    plan: see `dispatch.Trip`; each forward has a trip of its own.
+    """
 
     buffer: Any
     wire: Wire
     handle: tuple[Tensor, ...]
     num_pairs: int
+    plan: ExpertPlan | None = None
 
     def bring_home(self, y_RH: Tensor) -> Tensor:
         return _FromExperts.apply(self, y_RH)

@@ -34,12 +34,17 @@ from torch.autograd.function import once_differentiable
 
 from expertune.distributed.collectives import Underway, Wire
 from expertune.distributed.recompute import Recall
-from expertune.ops.destinations import find_destinations
+from expertune.ops.destinations import find_destinations, unpack_choices
 from expertune.ops.plan import ExpertPlan, has_triton
 
 
 class Trip(Protocol):
-    """Tokens of this process that are away at their experts, and those that came here."""
+    """Tokens of this process that are away at their experts, and those that came here.
+
+    plan: of the local experts, once somebody made it: a recomputation that goes the same way has it.
+    """
+
+    plan: ExpertPlan | None
 
     @property
     def num_pairs(self) -> int:
@@ -112,7 +117,7 @@ class ExpertShard:
 class Arrived:
     """The rows for this process's own experts.
 
-    expert_ids_RK: [R, K] int64, ids of this process's experts, -1 where another process has the expert.
+    expert_ids_RK: [R, K] integer, ids of this process's experts, -1 where another process has the expert.
     weights_RK: [R, K], the routing weights; those of sentinels count for nothing.
     x_on_its_way_RH, underway: see `wait_for_x`; None: it is here.
     """
@@ -153,8 +158,7 @@ class _AllToAllTrip:
     token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
     sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
     send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
-    ids_RK, weights_RK: of the rows that arrive.
-    dy: the gradients of the results, while they travel here.
+    ids_RK, weights_RK: of the rows that arrive. plan: see `Trip`. dy: the gradients of the results, while they travel.
     """
 
     wire: Wire
@@ -167,6 +171,7 @@ class _AllToAllTrip:
     num_pairs: int
     ids_RK: Tensor
     weights_RK: Tensor
+    plan: ExpertPlan | None = None
     dy: Underway | None = None
 
     def send_rows(self, rows_PX: Tensor, what: str) -> Underway:
@@ -187,17 +192,14 @@ def _plan_trip(
     """(the trip, x of the rows that are sent [P, H]). Waits for the other processes."""
     (num_tokens, top_k), num_owners = expert_ids_TK.shape, shard.wire.size
     # All that does not need the sizes comes before the wait for them, after which the device has nothing else to do.
-    found = find_destinations(expert_ids_TK, num_owners, shard.num_local)
-    most = num_tokens * min(num_owners, top_k)
-    rows_MH, choices_MX = x_TH.new_empty(0), found.ids_MK
+    found = find_destinations(expert_ids_TK, weights_TK, num_owners, shard.num_local)
+    x_MH = x_TH
 
     def get_ready() -> None:
-        nonlocal rows_MH, choices_MX
+        nonlocal x_MH
         if shard.meanwhile is not None:
             shard.meanwhile()
-        token_M = found.token_M[:most]
-        rows_MH = x_TH[token_M]
-        choices_MX = _pack_choices(found.ids_MK[:most], weights_TK[token_M])
+        x_MH = x_TH[found.token_M[: num_tokens * min(num_owners, top_k)]]
 
     what = "exchange of the dispatch's sizes"
     sent, received = shard.wire.exchange_counts(found.counts_N2, what, meanwhile=get_ready)
@@ -209,8 +211,8 @@ def _plan_trip(
     send, receive = (tuple(rows for rows, _ in half) for half in (sent, received))
     num_sent = sum(send)
     what = "sending expert ids and routing weights"
-    choices_RX = shard.wire.exchange_rows(choices_MX[:num_sent], send, receive, what)
-    ids_RK, weights_RK = _unpack_choices(choices_RX, top_k, weights_TK.dtype)
+    choices_RX = shard.wire.exchange_rows(found.choices_MX[:num_sent], send, receive, what)
+    ids_RK, weights_RK = unpack_choices(choices_RX, top_k, weights_TK.dtype)
     token_P, slot_P = found.token_M[:num_sent], found.slot_M[:num_sent]
     sums = ExpertPlan(
         num_tokens, num_owners, 1, slot_P, found.row_of_slot_M, token_P, found.fence_2, has_sentinels=True
@@ -219,7 +221,7 @@ def _plan_trip(
     trip = _AllToAllTrip(
         shard.wire, shard.recall, expert_ids_TK, token_P, sums, send, receive, num_pairs, ids_RK, weights_RK
     )
-    return trip, rows_MH[:num_sent]
+    return trip, x_MH[:num_sent]
 
 
 def _add_up(rows_PX: Tensor, trip: _AllToAllTrip) -> Tensor:
@@ -252,18 +254,6 @@ class _ToExperts(torch.autograd.Function):
         what = "returning gradients of routing weights"
         dweights_PK = trip.return_rows(dweights_RK, what) if need_weights else None
         return None, None, *(None if rows is None else _add_up(rows, trip) for rows in (dx_PH, dweights_PK))
-
-
-def _pack_choices(ids_PK: Tensor, weights_PK: Tensor) -> Tensor:
-    """int32 local expert ids and routing weights in one tensor [P, X] of int32, bit for bit."""
-    wide = torch.promote_types(weights_PK.dtype, torch.float32)  # 4 or 8 bytes: whole int32
-    return torch.cat((ids_PK, weights_PK.to(wide).view(torch.int32)), dim=1)
-
-
-def _unpack_choices(packed_RX: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(local expert ids [R, K] int64, routing weights [R, K] of the dtype) of `_pack_choices`."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return packed_RX[:, :top_k].to(torch.int64), packed_RX[:, top_k:].contiguous().view(wide).to(dtype)
 
 
 class _FromExperts(torch.autograd.Function):

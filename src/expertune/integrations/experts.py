@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from expertune.distributed.dispatch import ExpertShard, return_from_experts, send_to_experts
+from expertune.distributed.dispatch import ExpertShard, Trip, return_from_experts, send_to_experts
 from expertune.integrations.adapters import active_lora
 from expertune.integrations.gates import activation_of
 from expertune.integrations.tuned import tuned_tile
@@ -78,10 +78,14 @@ def experts_forward(
     in_pieces = _has_more_of_its_own(experts)
 
     def run(
-        x: Callable[[], Tensor], ids_TK: Tensor, weights_TK: Tensor, sentinels: bool, live: int | None = None
+        x: Callable[[], Tensor], ids_TK: Tensor, weights_TK: Tensor, sentinels: bool, trip: Trip | None = None
     ) -> Tensor:
         tile = None if in_pieces else _tile_for(backend, ids_TK, up, down)
-        plan = run_build_plan(backend, ids_TK, up, sentinels=sentinels, num_live_rows=live, tile=tile)
+        plan, num_live = (trip.plan, trip.num_pairs) if trip is not None else (None, None)
+        if plan is None:
+            plan = run_build_plan(backend, ids_TK, up, sentinels=sentinels, num_live_rows=num_live, tile=tile)
+        if trip is not None:
+            trip.plan = plan
         x_TH = x()
         if in_pieces:
             return _run_in_pieces(backend, experts, x_TH, weights_TK, plan, up, down, activation)
@@ -94,7 +98,7 @@ def experts_forward(
         return run(lambda: hidden_states, top_k_index, top_k_weights, sentinels)
     x_TH = hidden_states.to(up.weight_EYX.dtype)  # what the experts compute in, and no more bytes than that
     arrived = send_to_experts(x_TH, top_k_index, top_k_weights, shard)
-    y_RH = run(arrived.wait_for_x, arrived.expert_ids_RK, arrived.weights_RK, True, arrived.trip.num_pairs)
+    y_RH = run(arrived.wait_for_x, arrived.expert_ids_RK, arrived.weights_RK, True, arrived.trip)
     return return_from_experts(y_RH, arrived).to(hidden_states.dtype)
 
 

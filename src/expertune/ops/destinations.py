@@ -28,33 +28,40 @@ from expertune.ops.plan import has_triton
 class Destinations:
     """The possible rows, M = N T of them, of which the first `fence_2[1]` are there: at most T min(N, K).
 
-    token_M: int64, the token of each row; of those that are not there, any. slot_M: int64, its t N + n. ids_MK: int32,
-    its experts as their process counts them, -1 for another process's. row_of_slot_M: int64, the row at t N + n, or M
-    if there is none. counts_N2: int64, of each process the rows and the (token, expert) pairs. fence_2: int32, 0 and
-    all rows.
+    token_M: int64, the token of each row; of those that are not there, any. slot_M: int64, its t N + n.
+    choices_MX: int32, its experts as their process counts them, -1 for another process's, and the bits of its routing
+    weights in fp32, or in fp64 if they are; X is 2 K or 3 K. row_of_slot_M: int64, the row at t N + n, or M if there is
+    none. counts_N2: int64, of each process the rows and the (token, expert) pairs. fence_2: int32, 0 and all rows.
     """
 
     token_M: Tensor
     slot_M: Tensor
-    ids_MK: Tensor
+    choices_MX: Tensor
     row_of_slot_M: Tensor
     counts_N2: Tensor
     fence_2: Tensor
 
 
-def find_destinations(expert_ids_TK: Tensor, num_owners: int, num_local: int) -> Destinations:
-    """Nothing waits for the device. expert_ids_TK: [T, K] integer, 0 to N L - 1; any other goes nowhere.
+def find_destinations(expert_ids_TK: Tensor, weights_TK: Tensor, num_owners: int, num_local: int) -> Destinations:
+    """Nothing waits for the device.
 
+    expert_ids_TK: [T, K] integer, 0 to N L - 1; any other goes nowhere. weights_TK: [T, K], the routing weights.
     num_owners: N. num_local: L.
     """
-    if expert_ids_TK.is_cuda and has_triton():
+    if expert_ids_TK.is_cuda and weights_TK.dtype != torch.float64 and has_triton():
         from expertune.ops.destination_kernels import launch_destinations
 
-        return launch_destinations(expert_ids_TK, num_owners, num_local)
-    return plain_destinations(expert_ids_TK, num_owners, num_local)
+        return launch_destinations(expert_ids_TK, weights_TK, num_owners, num_local)
+    return plain_destinations(expert_ids_TK, weights_TK, num_owners, num_local)
 
 
-def plain_destinations(expert_ids_TK: Tensor, num_owners: int, num_local: int) -> Destinations:
+def unpack_choices(choices_RX: Tensor, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(expert ids [R, K] int32, routing weights [R, K] of the dtype that they came from) of rows of `choices_MX`."""
+    bits_RW = choices_RX[:, top_k:].contiguous()
+    return choices_RX[:, :top_k], bits_RW.view(torch.promote_types(dtype, torch.float32)).to(dtype)
+
+
+def plain_destinations(expert_ids_TK: Tensor, weights_TK: Tensor, num_owners: int, num_local: int) -> Destinations:
     """`find_destinations` in plain torch."""
     num_tokens, device = expert_ids_TK.shape[0], expert_ids_TK.device
     owner_TK = expert_ids_TK.div(num_local, rounding_mode="floor")
@@ -68,10 +75,12 @@ def plain_destinations(expert_ids_TK: Tensor, num_owners: int, num_local: int) -
     index_M = index_M.new_zeros(num_most + 1).scatter_(0, place_M, index_M)[:num_most]
     token_M, owner_M = index_M % max(num_tokens, 1), index_M // max(num_tokens, 1)
     ids_MK = expert_ids_TK[token_M] - (owner_M * num_local).unsqueeze(1)
+    ids_MK = torch.where((ids_MK >= 0) & (ids_MK < num_local), ids_MK, -1).to(torch.int32)
+    weights_MK = weights_TK[token_M].to(torch.promote_types(weights_TK.dtype, torch.float32))
     return Destinations(
         token_M,
         slot_M=token_M * num_owners + owner_M,
-        ids_MK=torch.where((ids_MK >= 0) & (ids_MK < num_local), ids_MK, -1).to(torch.int32),
+        choices_MX=torch.cat((ids_MK, weights_MK.view(torch.int32)), dim=1),
         row_of_slot_M=place_M.view(num_owners, num_tokens).T.reshape(-1),
         counts_N2=torch.stack((goes_TN.sum(0), pairs_TN.sum(0)), dim=1),
         fence_2=F.pad(goes_M.sum().to(torch.int32).view(1), (1, 0)),
