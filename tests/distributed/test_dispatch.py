@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from expertune.distributed.collectives import Underway, Wire
+from expertune.distributed.collectives import Wire
 from expertune.distributed.dispatch import ExpertShard, return_from_experts, send_to_experts
 from expertune.distributed.mesh import EXPERT, join_mesh
 from expertune.distributed.sizes import ParallelSizes
@@ -129,7 +129,7 @@ def through(shard: ExpertShard, case: Case) -> dict[str, Any]:
     x_TH, weights_TK = problem["x"][rank].requires_grad_(), problem["weights"][rank].requires_grad_()
     arrived = send_to_experts(x_TH, problem["ids"][rank], weights_TK, shard)
     plan = build_plan(arrived.expert_ids_RK, each, sentinels=True, num_live_rows=arrived.trip.num_pairs)
-    y_RH = run_expert_mlp(case.backend, arrived.wait_for_x(), arrived.weights_RK, plan, up, down, SWIGLU)
+    y_RH = run_expert_mlp(case.backend, arrived.x_RH, arrived.weights_RK, plan, up, down, SWIGLU)
     y_TH = return_from_experts(y_RH, arrived)
     grads = torch.autograd.grad(y_TH, [x_TH, weights_TK, *_loras(up, down)], problem["dy"][rank])
     return {
@@ -138,7 +138,7 @@ def through(shard: ExpertShard, case: Case) -> dict[str, Any]:
         "dweights": grads[1],
         "dloras": grads[2:],
         "rows": plan.num_rows,
-        "arrived": len(arrived.wait_for_x()),
+        "arrived": len(arrived.x_RH),
     }
 
 
@@ -181,26 +181,26 @@ def of_the_experts(_: None) -> list[str]:
     for parameter in module.parameters():
         parameter.zero_()
     setattr(module, SHARD, ExpertShard(mesh.wire(EXPERT, "the test's layer"), mesh.index(EXPERT), 2))
-    wait, build = Underway.wait, experts.run_build_plan
+    exchange, build = Wire.exchange_rows, experts.run_build_plan
 
-    def waited(underway: Underway) -> Tensor:
-        events.append(underway.what)
-        return wait(underway)
+    def exchanged(*args: Any) -> Tensor:
+        events.append(args[-1])
+        return exchange(*args)
 
     def built(*args: Any, **kwargs: Any) -> ExpertPlan:
         events.append("plan")
         return build(*args, **kwargs)
 
-    with patch.object(Underway, "wait", waited), patch.object(experts, "run_build_plan", built):
+    with patch.object(Wire, "exchange_rows", exchanged), patch.object(experts, "run_build_plan", built):
         x_TH, ids_TK = torch.zeros(2, HIDDEN, requires_grad=True), torch.tensor([[0, 2], [1, 3]])
         arguments = "torch_grouped", module, x_TH, ids_TK, torch.ones(2, 2)
         checkpoint(experts.experts_forward, *arguments, use_reentrant=False).sum().backward()
     return events
 
 
-def test_the_plan_is_made_once_while_tokens_travel(two: Crew) -> None:
-    forward = ["sending expert ids and routing weights", "plan", "sending tokens", "returning results"]
-    backward = ["sending tokens", "sending gradients of results", "returning gradients of tokens"]
+def test_the_plan_is_made_once(two: Crew) -> None:
+    forward = ["sending expert ids and routing weights", "sending tokens", "plan", "returning results"]
+    backward = ["sending gradients of results", "sending tokens", "returning gradients of tokens"]
     assert two.run(of_the_experts, None) == [forward + backward] * 2
 
 

@@ -102,7 +102,7 @@ def through(mesh: ParallelMesh, transport: Transport, tokens: tuple[int, ...]) -
     shard = ExpertShard(mesh.wire(EXPERT, "the test's layer"), rank, each, transport)
     arrived = send_to_experts(x_TH, given["ids"][rank].cuda(), weights_TK, shard)
     plan = build_plan(arrived.expert_ids_RK, each, sentinels=True, num_live_rows=arrived.trip.num_pairs)
-    y_RH = run_expert_mlp("scattermoe", arrived.wait_for_x(), arrived.weights_RK, plan, up, down, SWIGLU)
+    y_RH = run_expert_mlp("scattermoe", arrived.x_RH, arrived.weights_RK, plan, up, down, SWIGLU)
     y_TH = return_from_experts(y_RH, arrived)
     grads = torch.autograd.grad(y_TH, [x_TH, weights_TK, *leaves], given["dy"][rank].cuda())
     return [tensor.detach().cpu() for tensor in (y_TH, *grads)]

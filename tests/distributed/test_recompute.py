@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expertune.distributed.collectives import Underway, Wire
+from expertune.distributed.collectives import Wire
 from expertune.distributed.dispatch import ExpertShard, return_from_experts, send_to_experts
 from expertune.distributed.mesh import EXPERT, join_mesh
 from expertune.distributed.recompute import Recall
@@ -62,7 +62,7 @@ class Layer(nn.Module):
         weights_TK, ids_TK = self.choose(x_TH)
         arrived = send_to_experts(x_TH, ids_TK, weights_TK, self.shard)
         matrices = torch.cat((self.experts, self.experts.new_zeros(1, HIDDEN, HIDDEN)))  # -1: zeros
-        y_RKH = torch.einsum("rh,rkhj->rkj", arrived.wait_for_x(), matrices[arrived.expert_ids_RK])
+        y_RKH = torch.einsum("rh,rkhj->rkj", arrived.x_RH, matrices[arrived.expert_ids_RK])
         y_TH = return_from_experts(torch.einsum("rkh,rk->rh", y_RKH, arrived.weights_RK), arrived)
         return x_TH + (y_TH * y_TH if self.saves_behind else y_TH)
 
@@ -88,7 +88,7 @@ def run(case: Case, kind: type[Layer] = Layer) -> tuple[list[Tensor], int, list[
     inputs = [x[:size].requires_grad_() for x, size in zip(inputs, TOKENS[rank], strict=True)][: case.forwards]
     with (
         patch.object(Wire, "exchange_counts", autospec=True, side_effect=Wire.exchange_counts) as exchanged,
-        patch.object(Wire, "start_rows", autospec=True, side_effect=Wire.start_rows) as sent,
+        patch.object(Wire, "exchange_rows", autospec=True, side_effect=Wire.exchange_rows) as sent,
     ):
         loss = torch.zeros(())
         for x_TH in inputs:
@@ -118,38 +118,6 @@ def test_sizes_are_exchanged_once_and_gradients_stay(name: str, two: Crew) -> No
         assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
         assert exchanges == case.exchanges
         assert left == [None, None], "a trip is kept after the backward"
-
-
-def in_order(reentrant: bool | None) -> list[str]:
-    """What one layer does in a backward: messages, waits for them, the forward again."""
-    mesh = join_mesh(ParallelSizes(expert=2), "cpu", timeout_s=30)
-    shard = ExpertShard(mesh.wire(EXPERT, "a layer"), mesh.index(EXPERT), EXPERTS // 2)
-    layer, events = Layer(shard, False, torch.Generator().manual_seed(0)), []
-    start, wait = Wire.start_rows, Underway.wait
-
-    def started(*args: Any) -> Underway:
-        events.append(args[-1])
-        return start(*args)
-
-    def waited(underway: Underway) -> Tensor:
-        events.append(f"wait: {underway.what}")
-        return wait(underway)
-
-    x_TH = torch.randn(3, HIDDEN, requires_grad=True)
-    with patch.object(Wire, "start_rows", started), patch.object(Underway, "wait", waited):
-        y_TH = layer(x_TH) if reentrant is None else checkpoint(layer, x_TH, use_reentrant=reentrant)
-        events.clear()
-        y_TH.sum().backward()
-    return events
-
-
-@pytest.mark.parametrize("reentrant", [None, False])
-def test_the_forward_runs_again_while_gradients_travel(reentrant: bool | None, two: Crew) -> None:
-    again = [] if reentrant is None else ["sending tokens", "wait: sending tokens"]
-    returned = ["returning gradients of tokens", "returning gradients of routing weights"]
-    out = "sending gradients of results"
-    want = [out, *again, f"wait: {out}", *(event for each in returned for event in (each, f"wait: {each}"))]
-    assert two.run(in_order, reentrant) == [want, want]
 
 
 def other_choices(_: None) -> str:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import expertune
-from expertune.distributed.collectives import Underway, Wire
+from expertune.distributed.collectives import Wire
 from expertune.distributed.dispatch import ExpertShard
 from expertune.distributed.mesh import EXPERT, join_mesh
 from expertune.distributed.sizes import ParallelSizes
@@ -70,9 +70,9 @@ class Alone(Wire):
     def size(self) -> int:
         return 1
 
-    def start_rows(self, rows_PX: Tensor, send: Any, receive: Any, what: str) -> Underway:
+    def exchange_rows(self, rows_PX: Tensor, send: Any, receive: Any, what: str) -> Tensor:
         self.events.append(what)
-        return Underway(self, what, rows_PX.clone(), None, None)
+        return rows_PX.clone()
 
     def exchange_counts(self, counts_NC: Tensor, what: str, *, meanwhile: Callable[[], None] | None = None) -> Any:
         self.events.append("sizes leave")

@@ -36,21 +36,17 @@ class Wire:
         """The number of processes in the group."""
         return dist.get_world_size(self.group)
 
-    def start_rows(self, rows_PX: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> "Underway":
+    def exchange_rows(self, rows_PX: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> Tensor:
         """Send `send[r]` rows [*, ...] to each rank r of the group, get `receive[r]` of each: [sum(receive), ...].
 
-        rows_PX: sorted by destination. Zero rows in any direction are fine. Other work may be given to the device
-        before the result is waited for.
+        rows_PX: sorted by destination. Zero rows in any direction are fine.
         """
         out = rows_PX.new_empty(sum(receive), *rows_PX.shape[1:])
         rows_PX = rows_PX.contiguous()
         with self._named(what):
             work = dist.all_to_all_single(out, rows_PX, list(receive), list(send), group=self.group, async_op=True)
-        return Underway(self, what, out, rows_PX, work)
-
-    def exchange_rows(self, rows_PX: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> Tensor:
-        """`start_rows`, and wait for them."""
-        return self.start_rows(rows_PX, send, receive, what).wait()
+            self._finish(work, rows_PX, what)
+        return out
 
     def exchange_counts(
         self, counts_NC: Tensor, what: str, *, meanwhile: Callable[[], None] | None = None
@@ -184,25 +180,3 @@ class Wire:
             "One of them has stopped, is stuck or was killed: its own output says why. `--resume` goes on from the "
             "last checkpoint; ddp_timeout is how long to wait."
         )
-
-
-@dataclass
-class Underway:
-    """Rows that are sent and received; nobody may read them before `wait`.
-
-    rows: [R, ...], where they arrive. sent: kept until then.
-    """
-
-    wire: Wire
-    what: str
-    rows: Tensor
-    sent: Tensor | None
-    work: dist.Work | None
-
-    def wait(self) -> Tensor:
-        """On a CPU, until they are here; on a GPU its current stream waits. Once is enough."""
-        if self.work is not None and self.sent is not None:
-            with self.wire._named(self.what):
-                self.wire._finish(self.work, self.sent, self.what)
-            self.work = self.sent = None
-        return self.rows

@@ -64,7 +64,7 @@ class DeepEP:
         shard.wire.barrier("meeting before tokens are sent")
         ids_TK = expert_ids_TK.to(self.ids_dtype).contiguous()
         x_RH, weights_RK, ids_RK, trip = _ToExperts.apply(self.buffer, shard, ids_TK, x_TH, weights_TK)
-        return Arrived(trip, ids_RK, weights_RK, x_RH)
+        return Arrived(trip, x_RH, ids_RK, weights_RK)
 
     def close(self) -> None:
         """Free the buffer, together: it waits for the other processes."""

@@ -14,9 +14,6 @@ them from the forward). All that needs no sizes is given to the device before th
 Backward is the mirror image: dy goes out as x did and dx and dp come back, each once for each process of a token.
 Partial sums are added in fp32 and in process order, so a run repeats bit for bit.
 
-The device has something to do while rows travel: the plan of the local experts (x), and the forward that checkpointing
-runs again (dy). So both are waited for as late as possible.
-
 Here the rows travel by the process group's all-to-all; `deep_ep.py` has another transport with the same two operations.
 
 4 tokens, 4 experts, 2 processes, K = 2; process 0 has tokens 0 and 1:
@@ -32,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expertune.distributed.collectives import Underway, Wire
+from expertune.distributed.collectives import Wire
 from expertune.distributed.recompute import Recall
 from expertune.ops.destinations import find_destinations, unpack_choices
 from expertune.ops.plan import ExpertPlan, has_triton
@@ -78,8 +75,8 @@ class AllToAll:
             x_PH = x_TH.detach()[trip.token_of_row_P]
             if shard.meanwhile is not None:
                 shard.meanwhile()
-        x_RH, weights_RK, underway = _ToExperts.apply(trip, x_PH, x_TH, weights_TK)
-        return Arrived(trip, trip.ids_RK, weights_RK, x_RH, underway)
+        x_RH, weights_RK = _ToExperts.apply(trip, x_PH, x_TH, weights_TK)
+        return Arrived(trip, x_RH, trip.ids_RK, weights_RK)
 
     def close(self) -> None:
         """It holds nothing."""
@@ -115,24 +112,16 @@ class ExpertShard:
 
 @dataclass(frozen=True)
 class Arrived:
-    """The rows for this process's own experts.
+    """The rows that reached this process, for its own experts.
 
-    expert_ids_RK: [R, K] integer, ids of this process's experts, -1 where another process has the expert.
+    x_RH: [R, H]. expert_ids_RK: [R, K] integer, ids of this process's experts, -1 where another process has the expert.
     weights_RK: [R, K], the routing weights; those of sentinels count for nothing.
-    x_on_its_way_RH, underway: see `wait_for_x`; None: it is here.
     """
 
     trip: Trip
+    x_RH: Tensor
     expert_ids_RK: Tensor
     weights_RK: Tensor
-    x_on_its_way_RH: Tensor
-    underway: Underway | None = None
-
-    def wait_for_x(self) -> Tensor:
-        """The rows [R, H]. What does not need them goes to the device before."""
-        if self.underway is not None:
-            self.underway.wait()
-        return self.x_on_its_way_RH
 
 
 def send_to_experts(x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: ExpertShard) -> Arrived:
@@ -158,7 +147,7 @@ class _AllToAllTrip:
     token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
     sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
     send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
-    ids_RK, weights_RK: of the rows that arrive. plan: see `Trip`. dy: the gradients of the results, while they travel.
+    ids_RK, weights_RK: of the rows that arrive. plan: see `Trip`.
     """
 
     wire: Wire
@@ -172,18 +161,17 @@ class _AllToAllTrip:
     ids_RK: Tensor
     weights_RK: Tensor
     plan: ExpertPlan | None = None
-    dy: Underway | None = None
 
-    def send_rows(self, rows_PX: Tensor, what: str) -> Underway:
+    def send_rows(self, rows_PX: Tensor, what: str) -> Tensor:
         """Rows of tokens to the processes of their experts: [R, X]."""
-        return self.wire.start_rows(rows_PX, self.send, self.receive, what)
+        return self.wire.exchange_rows(rows_PX, self.send, self.receive, what)
 
     def return_rows(self, rows_RX: Tensor, what: str) -> Tensor:
         """Rows that arrived here back to their tokens: [P, X]."""
         return self.wire.exchange_rows(rows_RX, self.receive, self.send, what)
 
     def bring_home(self, y_RH: Tensor) -> Tensor:
-        return _FromExperts.apply(self, _LateGradient.apply(self, y_RH))
+        return _FromExperts.apply(self, y_RH)
 
 
 def _plan_trip(
@@ -241,12 +229,11 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, trip, x_PH, x_TH, weights_TK):  # type: ignore[no-untyped-def]
         ctx.trip = trip
-        underway = trip.send_rows(x_PH, "sending tokens")
-        return underway.rows, trip.weights_RK.detach(), underway  # detached: autograd makes outputs its own
+        return trip.send_rows(x_PH, "sending tokens"), trip.weights_RK.detach()  # autograd makes outputs its own
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx_RH, dweights_RK, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, dx_RH, dweights_RK):  # type: ignore[no-untyped-def]
         trip, (*_, need_x, need_weights) = ctx.trip, ctx.needs_input_grad
         trip.recall.drop(trip)
         # Both before anything is added up: a message waits for all that its stream was given before.
@@ -257,7 +244,7 @@ class _ToExperts(torch.autograd.Function):
 
 
 class _FromExperts(torch.autograd.Function):
-    """Inputs: the trip, y [R, H] that `_LateGradient` returned."""
+    """Inputs: the trip, y [R, H]."""
 
     @staticmethod
     def forward(ctx, trip, y_RH):  # type: ignore[no-untyped-def]
@@ -269,26 +256,4 @@ class _FromExperts(torch.autograd.Function):
     def backward(ctx, dy_TH):  # type: ignore[no-untyped-def]
         trip = ctx.trip
         trip.recall.leave(trip)
-        trip.dy = trip.send_rows(dy_TH[trip.token_of_row_P], "sending gradients of results")
-        return None, trip.dy.rows
-
-
-class _LateGradient(torch.autograd.Function):
-    """y [R, H] as it is. Its backward waits for dy, after the forward ran again where checkpointing wants that.
-
-    A saved tensor is what checkpointing runs the forward again for, so this one, which is empty, is asked for first.
-    """
-
-    @staticmethod
-    def forward(ctx, trip, y_RH):  # type: ignore[no-untyped-def]
-        ctx.trip = trip
-        ctx.save_for_backward(y_RH.new_empty(0))
-        return y_RH.view_as(y_RH)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_RH):  # type: ignore[no-untyped-def]
-        trip, _ = ctx.trip, ctx.saved_tensors
-        trip.dy.wait()
-        trip.dy = None
-        return None, dy_RH
+        return None, trip.send_rows(dy_TH[trip.token_of_row_P], "sending gradients of results")

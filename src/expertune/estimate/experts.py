@@ -8,11 +8,9 @@ With expert parallelism a token travels once to each process that has any of its
 one partial sum comes back. P rows go out and, at an even load, as many come in, with T K pairs of token and expert:
 
     forward    send [P, H] | receive [P, H], kept: x of the local experts | local MLP | return [P, H] | sum y in fp32
-    backward   send dy [P, H] | receive [P, H] | a forward again, if checkpointing wants that | local backward |
-               return dx [P, H] | sum dx in fp32
+    backward   send dy [P, H] | receive [P, H] | local backward | return dx [P, H] | sum dx in fp32
 
-A first forward gathers what is sent before it knows P: T min(N, K) rows. What is sent of dy is kept until dy is waited
-for, behind the forward that runs again.
+A forward gathers what it sends before it knows P: T min(N, K) rows. (A recomputation knows P; here it does the same.)
 """
 
 from collections.abc import Callable
@@ -75,8 +73,7 @@ def experts_on_paper(ledger: Ledger, backend: str, *, expert_parallel: int = 1) 
                 ledger, x_TH, weights_TK, plan, up, down, activation_of(experts), num_local=num_local
             )
         if expert_parallel > 1:
-            sent: list[Tensor] = []
-            y_TH = _FromExperts.apply(ledger, num_tokens, sent, _LateGradient.apply(sent, y_TH))
+            y_TH = _FromExperts.apply(ledger, num_tokens, y_TH)
         return y_TH.to(hidden_states.dtype)
 
     return forward
@@ -358,11 +355,7 @@ class _ToExperts(torch.autograd.Function):
     def forward(ctx, ledger, num_rows, num_gathered, x_TH, weights_TK):  # type: ignore[no-untyped-def]
         ctx.ledger, ctx.num_tokens = ledger, x_TH.shape[0]
         with ledger.scope(EXCHANGE):
-            received = []
-            for values_TX in (x_TH, weights_TK):
-                sent_MX = values_TX.new_empty(num_gathered, values_TX.shape[1])
-                received.append(torch.empty_like(sent_MX[:num_rows]))
-            return tuple(received)
+            return tuple(_exchanged(values, num_rows, num_gathered) for values in (x_TH, weights_TK))
 
     @staticmethod
     @once_differentiable
@@ -371,36 +364,24 @@ class _ToExperts(torch.autograd.Function):
 
 
 class _FromExperts(torch.autograd.Function):
-    """Partial sums [P, H] of the local experts to y [T, H] of our tokens. `sent` gets what its backward sends."""
+    """Partial sums [P, H] of the local experts to y [T, H] of our tokens."""
 
     @staticmethod
-    def forward(ctx, ledger, num_tokens, sent, y_PH):  # type: ignore[no-untyped-def]
-        ctx.ledger, ctx.num_rows, ctx.sent = ledger, y_PH.shape[0], sent
+    def forward(ctx, ledger, num_tokens, y_PH):  # type: ignore[no-untyped-def]
+        ctx.ledger, ctx.num_rows = ledger, y_PH.shape[0]
         return _added_up(ledger, y_PH, num_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TH):  # type: ignore[no-untyped-def]
         with ctx.ledger.scope(EXCHANGE):
-            ctx.sent.append(dy_TH.new_empty(ctx.num_rows, dy_TH.shape[1]))
-            return None, None, None, torch.empty_like(ctx.sent[0])
+            return None, None, _exchanged(dy_TH, ctx.num_rows, ctx.num_rows)
 
 
-class _LateGradient(torch.autograd.Function):
-    """y [P, H] as it is; its backward lets the forward run again, then drops what was sent."""
-
-    @staticmethod
-    def forward(ctx, sent, y_PH):  # type: ignore[no-untyped-def]
-        ctx.sent = sent
-        ctx.save_for_backward(y_PH.new_empty(0))
-        return y_PH.view_as(y_PH)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_PH):  # type: ignore[no-untyped-def]
-        _ = ctx.saved_tensors
-        ctx.sent.clear()
-        return None, dy_PH
+def _exchanged(values_TX: Tensor, num_rows: int, num_gathered: int) -> Tensor:
+    """What comes in for the rows of our tokens that go out. num_gathered: rows that are made room for, to be sent."""
+    sent_MX = values_TX.new_empty(num_gathered, values_TX.shape[1])
+    return torch.empty_like(sent_MX[:num_rows])
 
 
 def _added_up(ledger: Ledger, rows_PX: Tensor, num_tokens: int) -> Tensor:

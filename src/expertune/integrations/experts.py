@@ -4,7 +4,6 @@ Transformers calls `fn(experts_module, hidden_states [T, H], top_k_index [T, K],
 every experts class with its decorator, and the module's flags say how the weights are stored.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -77,16 +76,13 @@ def experts_forward(
     activation = activation_of(experts)
     in_pieces = _has_more_of_its_own(experts)
 
-    def run(
-        x: Callable[[], Tensor], ids_TK: Tensor, weights_TK: Tensor, sentinels: bool, trip: Trip | None = None
-    ) -> Tensor:
+    def run(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, sentinels: bool, trip: Trip | None = None) -> Tensor:
         tile = None if in_pieces else _tile_for(backend, ids_TK, up, down)
         plan, num_live = (trip.plan, trip.num_pairs) if trip is not None else (None, None)
         if plan is None:
             plan = run_build_plan(backend, ids_TK, up, sentinels=sentinels, num_live_rows=num_live, tile=tile)
         if trip is not None:
             trip.plan = plan
-        x_TH = x()
         if in_pieces:
             return _run_in_pieces(backend, experts, x_TH, weights_TK, plan, up, down, activation)
         return run_expert_mlp(backend, x_TH, weights_TK, plan, up, down, activation, tile=tile)
@@ -95,10 +91,10 @@ def experts_forward(
     if shard is None:
         # Transformers before 5.18 has no flag and may always pass sentinel ids.
         sentinels = bool(getattr(experts, "_is_expert_parallel", True))
-        return run(lambda: hidden_states, top_k_index, top_k_weights, sentinels)
+        return run(hidden_states, top_k_index, top_k_weights, sentinels)
     x_TH = hidden_states.to(up.weight_EYX.dtype)  # what the experts compute in, and no more bytes than that
     arrived = send_to_experts(x_TH, top_k_index, top_k_weights, shard)
-    y_RH = run(arrived.wait_for_x, arrived.expert_ids_RK, arrived.weights_RK, True, arrived.trip)
+    y_RH = run(arrived.x_RH, arrived.expert_ids_RK, arrived.weights_RK, True, arrived.trip)
     return return_from_experts(y_RH, arrived).to(hidden_states.dtype)
 
 
