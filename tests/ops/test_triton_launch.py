@@ -1,13 +1,21 @@
 """A launcher goes to the kernel that was compiled for exactly such arguments."""
 
 import ast
+import importlib.util
 import inspect
 import pkgutil
+import shutil
+import subprocess
+import sys
+import sysconfig
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -249,20 +257,112 @@ def test_compile_only_without_tritons_pool(monkeypatch: pytest.MonkeyPatch) -> N
     assert kernel.compiled == []
 
 
-def test_what_compiles_side_by_side_is_loaded_by_the_thread_that_compiled_it() -> None:
-    events: list[str] = []
+class Loadable:
+    """What Triton compiled: notes which thread loads it."""
 
-    class Kernel:
-        @property
-        def run(self) -> None:
-            events.append("loaded")
+    src, metadata = "its source", "its metadata"
 
-    with ThreadPoolExecutor() as threads:
-        futures = [triton_launch._Loading(threads).submit(Kernel) for _ in range(2)]
-        assert all(isinstance(future.result(), Kernel) for future in futures)
-        assert events == ["loaded", "loaded"]
-        with pytest.raises(ZeroDivisionError):
-            triton_launch._Loading(threads).submit(lambda: 1 // 0).result()
+    def __init__(self, loaded_by: list[int]) -> None:
+        self.loaded_by = loaded_by
+
+    @property
+    def run(self) -> None:
+        self.loaded_by.append(get_ident())
+
+
+def test_threads_build_what_launches_and_one_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+    loaded: list[int] = []
+
+    def build(*given: str) -> None:
+        built.append((given, get_ident() == here))
+
+    class Pool:
+        """Triton's, without the rest of it."""
+
+        def __init__(self, executor: Any, *, ignore_errors: bool) -> None:
+            self.futures = [executor.submit(partial(kernels.__getitem__, place)) for place in range(len(kernels))]
+
+        def __enter__(self) -> None:
+            """Kernels are compiling."""
+
+        def __exit__(self, *_: object) -> None:
+            assert [future.result() for future in self.futures] == kernels
+
+    class Kernel(Recorded):
+        def warmup(self, *args: Any, **options: Any) -> Any:
+            return next(compiled)
+
+    here, kernels = get_ident(), [Loadable(loaded) for _ in range(3)]
+    compiled = iter(kernels)
+    monkeypatch.setattr(triton, "AsyncCompileMode", Pool, raising=False)
+    launcher = Launcher(Kernel())
+    with on_device(0):
+        monkeypatch.setattr(triton_launch.driver.active, "launcher_cls", build, raising=False)
+        with compile_only():
+            for number in (3, 5, 7):
+                launcher((2,), X, None, number, True)
+            assert not loaded
+    assert built == [(("its source", "its metadata"), False)] * 3
+    assert loaded == [here] * 3
+
+
+def test_an_error_of_a_compilation_is_its_own() -> None:
+    with ThreadPoolExecutor() as threads, pytest.raises(ZeroDivisionError):
+        triton_launch._Compiling(threads).submit(lambda: 1 // 0).result()
+
+
+LAUNCHERS = """
+#include <Python.h>
+static PyObject *launch(PyObject *self, PyObject *args) { return PyLong_FromLong(NUMBER); }
+static PyMethodDef methods[] = {{"launch", launch, METH_VARARGS, ""}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "__launcher", NULL, -1, methods};
+PyMODINIT_FUNC PyInit___launcher(void) { return PyModule_Create(&module); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, as Triton does")
+def test_kernels_that_are_launched_first_at_once_get_their_own_launchers(tmp_path: Path) -> None:
+    """With modules as Triton 3.6 makes them; without the lock every tenth of these loads gets another's."""
+    include, files = sysconfig.get_paths()["include"], [tmp_path / str(number) / "__launcher.so" for number in range(8)]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        source = file.with_suffix(".c")
+        source.write_text(LAUNCHERS.replace("NUMBER", str(number)))
+        subprocess.run(["gcc", source, "-shared", "-fPIC", "-I", include, "-o", file], check=True)
+
+    def load(file: Path) -> Any:
+        spec = importlib.util.spec_from_file_location("__launcher", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.launch
+
+    class Loads(Recorded):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **_: found.append((args[2], load(files[args[2]])()))
+
+    for file in files:
+        load(file)
+    found: list[tuple[int, int]] = []
+
+    def launch_all(first: int) -> None:
+        launcher = Launcher(Loads())
+        for _ in range(20):
+            launcher._compiled.clear()
+            launcher((2,), X, None, first, True)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with on_device(0), ThreadPoolExecutor(len(files)) as threads:
+            list(threads.map(launch_all, range(len(files))))
+    finally:
+        sys.setswitchinterval(interval)
+        sys.modules.pop("__launcher", None)
+    assert len(found) == 20 * len(files)
+    assert [pair for pair in found if pair[0] != pair[1]] == []
 
 
 def test_one_is_first() -> None:

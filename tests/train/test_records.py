@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import expertune.train.run
 from expertune.ops.records import KernelRecorder, LaunchDescription, gpu_facts
 from expertune.train.records import RecordKernels
+from tests.one_gpu import one_gpu
 from tests.tiny import tiny_model
 from tests.train.runs import run, write_config
 
@@ -330,7 +331,8 @@ def test_a_real_run_records_real_kernels(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": (Double.apply(x * self.weight, []).sum(-1) - labels).square().mean()}
 
-    plain_trainer(tmp_path, RecordKernels(), Doubling(), use_cpu=False).train()
+    with one_gpu():  # Transformers' trainer would run the model on all of them
+        plain_trainer(tmp_path, RecordKernels(), Doubling(), use_cpu=False).train()
     record = read(tmp_path)
     assert record["gpu"]["name"] == torch.cuda.get_device_name()
     (kernel,) = record["kernels"]

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache
 from operator import itemgetter
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ from triton.runtime import driver
 MOST_KEPT = 4096  # keys of a launcher; then it begins anew, and Triton finds the kernels again
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _ONE_ASKS = Lock()
+_ONE_LOADS = RLock()
+"""Who loads what launches a kernel. For Triton 3.6 that is a Python module, all of one name, whose file many kernels
+share. What Python has read before it puts into the module that it has by that name: with two threads at once one gets
+what launches the other's kernel."""
+
 # What was compiled inside of `compile_only`; None outside of it.
 _compiled_only: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
 
@@ -85,7 +90,8 @@ class Launcher:
             if ahead is None:
                 if len(self._compiled) == MOST_KEPT:
                     self._compiled.clear()
-                self._compiled[key] = self.kernel[grid](*args, **options)
+                with _ONE_LOADS:
+                    self._compiled[key] = self.kernel[grid](*args, **options)
             else:
                 ahead.append(self.kernel.warmup(*args, grid=grid, **options))
         elif ahead is None:
@@ -138,9 +144,10 @@ def make_descriptor(kind: type, base: Tensor, shape: Sequence[int], strides: Seq
 def compile_only() -> Iterator[None]:
     """Inside, a `Launcher` compiles its kernel and does not launch it; kernels compile side by side.
 
-    At the end every kernel is compiled and loaded, with what launches it (Triton 3.6 compiles that too, by the host's C
-    compiler: 7 of 11 seconds), each as soon as it can be. One that cannot be is left to its launch, which raises
-    Triton's error. For the interpreter there is nothing to do, nor inside of another one, which ends later.
+    At the end every kernel is compiled and loaded, with what launches it. Triton 3.6 compiles that too, by the host's C
+    compiler (7 of 11 seconds), and that is done side by side as well; one thread loads. What cannot be compiled is left
+    to its launch, which raises Triton's error. For the interpreter there is nothing to do, nor inside of another one,
+    which ends later.
     """
     if _compiled_only.get() is not None:
         yield
@@ -149,26 +156,41 @@ def compile_only() -> Iterator[None]:
     compiled: list[Any] = []
     before = _compiled_only.set(compiled)
     try:
-        with ThreadPoolExecutor(initializer=_use_device, initargs=(_current_device(),)) as threads:
-            with nullcontext() if side_by_side is None else side_by_side(_Loading(threads), ignore_errors=True):
-                yield
-            list(threads.map(_load, compiled))
+        with _ONE_LOADS:
+            with ThreadPoolExecutor(initializer=_use_device, initargs=(_current_device(),)) as threads:
+                with nullcontext() if side_by_side is None else side_by_side(_Compiling(threads), ignore_errors=True):
+                    yield
+                if side_by_side is None:
+                    list(threads.map(_build_launcher, compiled))
+            for kernel in compiled:
+                _load(kernel)
     finally:
         _compiled_only.reset(before)
 
 
-class _Loading:
-    """What an `AsyncCompileMode` takes for an executor: it loads what it has compiled, while others still compile."""
+class _Compiling:
+    """What an `AsyncCompileMode` takes for an executor: it also compiles what launches what it has compiled."""
 
     def __init__(self, threads: ThreadPoolExecutor) -> None:
         self.threads = threads
 
     def submit(self, compile_one: Callable[[], Any]) -> "Future[Any]":
-        def compile_and_load() -> Any:
-            _load(kernel := compile_one())
+        def compile_both() -> Any:
+            _build_launcher(kernel := compile_one())
             return kernel
 
-        return self.threads.submit(compile_and_load)
+        return self.threads.submit(compile_both)
+
+
+def _build_launcher(kernel: Any) -> None:
+    """Into Triton's cache on disk; what is loaded here is dropped, for it may be another kernel's (`_ONE_LOADS`)."""
+    with suppress(Exception):
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+
+def _load(kernel: Any) -> None:
+    with suppress(Exception):
+        getattr(kernel, "result", lambda: kernel)().run  # noqa: B018 - a property that loads
 
 
 def is_first(*what: object) -> bool:
@@ -182,11 +204,6 @@ def is_first(*what: object) -> bool:
 def _turn_of(*what: object) -> Lock:
     """The first who asks gets the lock, and keeps it."""
     return Lock()
-
-
-def _load(kernel: Any) -> None:
-    with suppress(Exception):
-        getattr(kernel, "result", lambda: kernel)().run  # noqa: B018 - a property that loads
 
 
 def _current_device() -> int | None:
