@@ -20,8 +20,8 @@ same.
 GLM-4.5-Air, all of its layers sparse here, has a shared expert beside the routed ones: it runs while tokens travel, as
 in a training run, or after them with --no-overlap.
 
-The row is appended to the CSV. `ratio_to_one` compares with the row of one process, the same layers, tokens and
-options, that the CSV has from before.
+The row is appended to the CSV. `ratio_to_one` compares with the row of one process, the same machine, layers, tokens
+and options, that the CSV has from before. Hosts differ, and a slow one is what the GPUs wait for: --machine names it.
 """
 
 import argparse
@@ -90,6 +90,7 @@ ARCHITECTURES = {
 class Setting:
     """What is measured."""
 
+    machine: str
     model: str
     layers: int
     tokens: int
@@ -245,9 +246,10 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
     p20, p50, p80 = (1000 * q for q in statistics.quantiles(seconds[WARM_STEPS:], n=10)[1:8:3])
     sizes = mesh.sizes
     return {
-        "model": setting.model, "processes": sizes.world, "expert_parallel_size": sizes.expert,
-        "dp_shard_size": sizes.shard, "dp_replicate_size": sizes.replicate,
-        "layers": setting.layers, "tokens_per_gpu": setting.tokens, "rank": RANK, "backend": setting.backend,
+        "machine": setting.machine, "model": setting.model,
+        "processes": sizes.world, "expert_parallel_size": sizes.expert, "dp_shard_size": sizes.shard,
+        "dp_replicate_size": sizes.replicate, "layers": setting.layers, "tokens_per_gpu": setting.tokens, "rank": RANK,
+        "backend": setting.backend,
         "expert_parallel_backend": "deep_ep" if setting.deep_ep else dist.get_backend(),
         "checkpointing": setting.checkpointing, "balanced_routers": setting.balanced, "overlapped_layers": overlapped,
         "num_steps": setting.steps,
@@ -258,7 +260,9 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
     }  # fmt: skip
 
 
-SAME = ("model", "layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "balanced_routers", "device")
+SAME = (
+    "machine", "model", "layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "balanced_routers", "device",
+)  # fmt: skip
 
 
 def append(row: dict[str, Any], output: Path) -> None:
@@ -289,6 +293,7 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens/s of each GPU in several processes.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--machine", default="", help="a name for this machine")
     parser.add_argument("--model", choices=ARCHITECTURES, default="Qwen3-30B-A3B")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8192, help="of each process in a step")
@@ -313,6 +318,7 @@ def main() -> None:
     if sizes.world != world:
         parser.error(f"{sizes.arithmetic()}, and there are {world} processes")
     setting = Setting(
+        machine=arguments.machine,
         model=arguments.model,
         layers=2 if arguments.tiny else arguments.layers,
         tokens=64 if arguments.tiny else arguments.tokens,

@@ -21,8 +21,8 @@ def measure(sizes: ParallelSizes, model: str) -> dict[str, Any]:
     import expert_parallel
 
     setting = expert_parallel.Setting(
-        model=model, layers=2, tokens=64, rows=2, shard=sizes.shard, backend="torch_grouped", checkpointing=True,
-        balanced=True, overlap=True, deep_ep=False, steps=2, tiny=True,
+        machine="", model=model, layers=2, tokens=64, rows=2, shard=sizes.shard, backend="torch_grouped",
+        checkpointing=True, balanced=True, overlap=True, deep_ep=False, steps=2, tiny=True,
     )  # fmt: skip
     return expert_parallel.measure(setting, join_mesh(sizes, "cpu", timeout_s=30), torch.device("cpu"))
 
