@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from expertune.errors import ConfigError, ExpertuneError
 from expertune.train import model as model_module
 from expertune.train import run as run_module
+from expertune.train.config import load_config
 from tests.train.runs import losses, run, write_config, write_rows
 
 
@@ -188,6 +190,7 @@ def test_the_report_is_complete(tmp_path: Path) -> None:
 
 def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = load_config(write_config(tmp_path)).config
     with pytest.raises(ConfigError, match=r"2 GPUs are visible.*launch CONFIG --nproc 2.*CUDA_VISIBLE_DEVICES=0"):
-        run(write_config(tmp_path))
+        run_module.train(config, Console(), resume_command="RESUME")
     assert not (tmp_path / "run").exists()
