@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.interpreter import let_loops_have_bounds
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run in its interpreter
+    let_loops_have_bounds()
 
 
 @pytest.fixture(scope="module", autouse=True)

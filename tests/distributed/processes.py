@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 from expertune.distributed.mesh import leave_mesh
+from tests.interpreter import let_loops_have_bounds
 
 PRELOADED = ["tests.distributed.runs", "tests.distributed.test_dispatch", "expertune.train.run"]
 
@@ -61,6 +62,7 @@ class Crew:
 
 def _work(rank: int, size: int, end: Connection) -> None:
     torch.set_num_threads(1)
+    let_loops_have_bounds()
     while True:
         function, args, port = end.recv()
         os.environ |= torchrun_variables(rank, size, port)
