@@ -17,7 +17,7 @@ deep_ep/buffers/legacy.py, csrc/legacy/buffer.hpp and csrc/kernels/legacy/intran
 
 import importlib
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,18 +126,17 @@ def _import() -> Any:
     return deep_ep
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Trip:
-    """handle: what DeepEP needs to go the same way again. num_pairs: (token, expert) pairs that arrived here.
-
-    plan: see `dispatch.Trip`; each forward has a trip of its own.
-    """
+    """handle: what DeepEP needs to go the same way again. num_pairs: (token, expert) pairs that arrived here."""
 
     buffer: Any
     wire: Wire
     handle: tuple[Tensor, ...]
     num_pairs: int
-    plan: ExpertPlan | None = None
+
+    def plan_of(self, build: Callable[[int], ExpertPlan]) -> ExpertPlan:
+        return build(self.num_pairs)  # each forward has a trip of its own
 
     def bring_home(self, y_RH: Tensor) -> Tensor:
         return _FromExperts.apply(self, y_RH)

@@ -36,16 +36,14 @@ from expertune.ops.plan import ExpertPlan, has_triton
 
 
 class Trip(Protocol):
-    """Tokens of this process that are away at their experts, and those that came here.
-
-    plan: of the local experts, once somebody made it: a recomputation that goes the same way has it.
-    """
-
-    plan: ExpertPlan | None
+    """Tokens of this process that are away at their experts, and those that came here."""
 
     @property
     def num_pairs(self) -> int:
         """(token, expert) pairs that arrived here."""
+
+    def plan_of(self, build: Callable[[int], ExpertPlan]) -> ExpertPlan:
+        """The plan of the local experts, by `build(num_pairs)`, unless a forward that went the same way made it."""
 
     def bring_home(self, y_RH: Tensor) -> Tensor:
         """`return_from_experts`, by the way that the tokens came."""
@@ -147,7 +145,7 @@ class _AllToAllTrip:
     token_of_row_P: [P] int64, the token of each row that is sent, by destination, then by token.
     sums: T tokens of up to N rows each, one for each process, as a plan with processes in the place of experts' slots.
     send, receive: rows to and from each process. num_pairs: (token, expert) pairs that arrive here.
-    ids_RK, weights_RK: of the rows that arrive. plan: see `Trip`.
+    ids_RK, weights_RK: of the rows that arrive. plan: of the local experts, once it is made.
     """
 
     wire: Wire
@@ -169,6 +167,11 @@ class _AllToAllTrip:
     def return_rows(self, rows_RX: Tensor, what: str) -> Tensor:
         """Rows that arrived here back to their tokens: [P, X]."""
         return self.wire.exchange_rows(rows_RX, self.receive, self.send, what)
+
+    def plan_of(self, build: Callable[[int], ExpertPlan]) -> ExpertPlan:
+        if self.plan is None:
+            self.plan = build(self.num_pairs)
+        return self.plan
 
     def bring_home(self, y_RH: Tensor) -> Tensor:
         return _FromExperts.apply(self, y_RH)

@@ -78,11 +78,11 @@ def experts_forward(
 
     def run(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, sentinels: bool, trip: Trip | None = None) -> Tensor:
         tile = None if in_pieces else _tile_for(backend, ids_TK, up, down)
-        plan, num_live = (trip.plan, trip.num_pairs) if trip is not None else (None, None)
-        if plan is None:
-            plan = run_build_plan(backend, ids_TK, up, sentinels=sentinels, num_live_rows=num_live, tile=tile)
-        if trip is not None:
-            trip.plan = plan
+
+        def build(num_live_rows: int | None = None) -> ExpertPlan:
+            return run_build_plan(backend, ids_TK, up, sentinels=sentinels, num_live_rows=num_live_rows, tile=tile)
+
+        plan = build() if trip is None else trip.plan_of(build)
         if in_pieces:
             return _run_in_pieces(backend, experts, x_TH, weights_TK, plan, up, down, activation)
         return run_expert_mlp(backend, x_TH, weights_TK, plan, up, down, activation, tile=tile)
