@@ -30,15 +30,13 @@ def call(*arguments: str | Path, typed: str | None = None, columns: int = 80) ->
 
 def call_alone(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments in a process of its own that can import this repository."""
-    environment = (
-        os.environ
-        | FIRST_GPU
-        | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])),
-            "COLUMNS": "80",
-            "OMP_NUM_THREADS": "1",
-        }
-    )
+    environment = {
+        **os.environ,
+        **FIRST_GPU,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])),
+        "COLUMNS": "80",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, check=False, timeout=300
     )
