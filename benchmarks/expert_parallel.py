@@ -20,8 +20,9 @@ same.
 GLM-4.5-Air, all of its layers sparse here, has a shared expert beside the routed ones: it runs while tokens travel, as
 in a training run, or after them with --no-overlap.
 
-The row is appended to the CSV. `ratio_to_one` compares with the row of one process, the same machine, layers, tokens
-and options, that the CSV has from before. Hosts differ, and a slow one is what the GPUs wait for: --machine names it.
+The row is appended to the CSV. `ratio_to_one` compares with the median of the rows of one process, the same machine,
+layers, tokens and options, that the CSV has from before. Hosts differ, and a slow one is what the GPUs wait for:
+--machine names it.
 """
 
 import argparse
@@ -64,10 +65,8 @@ GLM_4_5_AIR = {
     "num_key_value_heads": 8, "head_dim": 128, "n_routed_experts": 128, "num_experts_per_tok": 8,
     "moe_intermediate_size": 1408, "n_shared_experts": 1, "first_k_dense_replace": 0,
 }  # fmt: skip
-TINY_GLM = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "n_shared_experts": 1, "first_k_dense_replace": 0,
+TINY_GLM = {name: size for name, size in TINY.items() if name != "num_experts"} | {
+    "n_routed_experts": TINY["num_experts"], "n_shared_experts": 1, "first_k_dense_replace": 0,
 }  # fmt: skip
 
 
@@ -266,7 +265,7 @@ SAME = (
 
 
 def append(row: dict[str, Any], output: Path) -> None:
-    """Add the row, with its ratio to the row of one process that the file has."""
+    """Add the row, with its ratio to the rows of one process that the file has."""
     rows: list[dict[str, Any]] = []
     if output.is_file():
         with output.open(newline="") as file:
@@ -276,7 +275,7 @@ def append(row: dict[str, Any], output: Path) -> None:
         for each in [*rows, row]
         if str(each["processes"]) == "1" and all(str(each[name]) == str(row[name]) for name in SAME)
     ]
-    row["ratio_to_one"] = f"{row['tokens_per_s_per_gpu'] / ones[-1]:.3f}" if ones else ""
+    row["ratio_to_one"] = f"{row['tokens_per_s_per_gpu'] / statistics.median(ones):.3f}" if ones else ""
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(row))
