@@ -159,12 +159,19 @@ def with_adapters(model: nn.Module) -> nn.Module:
     return adapted
 
 
-def losses_and_gradients(model: nn.Module, batches: int = 2, ids: Tensor | None = None) -> dict[str, Tensor]:
-    """Of several micro-batches, whose gradients add up."""
+def losses_and_gradients(
+    model: nn.Module, batches: int = 2, ids: Tensor | None = None, autocast: bool = False
+) -> dict[str, Tensor]:
+    """Of several micro-batches, whose gradients add up.
+
+    autocast: of the forward, to bf16. Not of the backward: a recomputation would take weights that the first forward
+    cast, whose gradients then arrive after FSDP2 has sent those of the layer.
+    """
     model.zero_grad()
     losses = []
     for batch in (rows() if ids is None else ids).chunk(batches):
-        loss = loss_of(model, batch)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, batch)
         loss.backward()
         losses.append(loss.detach())
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

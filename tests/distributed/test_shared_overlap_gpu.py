@@ -113,8 +113,7 @@ def what_differs(
     ids = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=generator).to(device)
 
     def passed() -> dict[str, Tensor]:
-        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
-            found = losses_and_gradients(model, batches=2, ids=ids)
+        found = losses_and_gradients(model, batches=2, ids=ids, autocast=device_type == "cuda")
         return {name: value.detach().cpu() for name, value in found.items()}
 
     def different() -> list[str]:
