@@ -1,13 +1,18 @@
 """Real processes for the tests: gloo, started once for each number of them and used for many cases."""
 
+import faulthandler
 import os
+import signal
 import socket
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,39 +33,60 @@ class Crew:
         context.set_forkserver_preload(PRELOADED)  # imported once, not by each process
         self.ends: list[Connection] = []
         self.processes: list[SpawnProcess] = []
+        self.folder = tempfile.TemporaryDirectory()
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, size, there), daemon=True)
+            self._stacks(rank).touch()
+            process = context.Process(target=_work, args=(rank, size, there, self._stacks(rank)), daemon=True)
             process.start()
             self.ends.append(here)
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
-        """Run `function(*args)` in every process; the results by rank. Raises what a process raised, as text."""
+        """Run `function(*args)` in every process; the results by rank. Raises what the processes raised, as text."""
         port = free_port()  # a new one: who joins again must not meet the store that others are leaving
         for end in self.ends:
             end.send((function, args, port))
-        results, problems = [], []
+        deadline = time.monotonic() + timeout_s
+        results, problems, late = [], [], []
         for rank, end in enumerate(self.ends):
-            if not end.poll(timeout_s):
-                self.close()
-                raise TimeoutError(f"rank {rank} of {self.size} did not finish {function.__name__} in {timeout_s} s")
+            if not end.poll(max(deadline - time.monotonic(), 0)):
+                late.append(rank)
+                continue
             worked, value = end.recv()
             results.append(value)
             if not worked:
                 problems.append(f"rank {rank}:\n{value}")
+        if late:
+            problems.append(f"rank {late} of {self.size} did not finish {function.__name__} in {timeout_s} s")
+            problems += [f"rank {rank}, where it is:\n{stack}" for rank, stack in enumerate(self.stacks())]
+            self.close()
+            raise TimeoutError("\n".join(problems))
         if problems:
             raise AssertionError("\n".join(problems))
         return results
+
+    def stacks(self) -> list[str]:
+        """Of all threads, of each process."""
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        return [self._stacks(rank).read_text() for rank in range(self.size)]
 
     def close(self) -> None:
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.join()
+        self.folder.cleanup()
+
+    def _stacks(self, rank: int) -> Path:
+        return Path(self.folder.name) / str(rank)
 
 
-def _work(rank: int, size: int, end: Connection) -> None:
+def _work(rank: int, size: int, end: Connection, stacks: Path) -> None:
+    faulthandler.register(signal.SIGUSR1, stacks.open("w"), all_threads=True)
     torch.set_num_threads(1)
     let_loops_have_bounds()
     while True:

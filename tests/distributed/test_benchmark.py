@@ -16,20 +16,21 @@ from tests.distributed.processes import Crew
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def measure(sizes: ParallelSizes, model: str) -> dict[str, Any]:
+def measure(sizes: ParallelSizes, model: str, routers: str) -> dict[str, Any]:
     sys.path.insert(0, str(BENCHMARKS))
     import expert_parallel
 
     setting = expert_parallel.Setting(
         machine="", model=model, layers=2, tokens=64, rows=2, shard=sizes.shard, backend="torch_grouped",
-        checkpointing=True, balanced=True, overlap=True, deep_ep=False, steps=2, tiny=True,
+        checkpointing=True, routers=routers, overlap=True, deep_ep=False, steps=2, tiny=True,
     )  # fmt: skip
     return expert_parallel.measure(setting, join_mesh(sizes, "cpu", timeout_s=30), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("routers", ["balanced", "even"])
 @pytest.mark.parametrize("model", ["Qwen3-30B-A3B", "GLM-4.5-Air"])
-def test_it_measures_and_compares_with_one_process(model: str, two: Crew, tmp_path: Path) -> None:
-    row, other = two.run(measure, ParallelSizes(expert=2), model)
+def test_it_measures_and_compares_with_one_process(model: str, routers: str, two: Crew, tmp_path: Path) -> None:
+    row, other = two.run(measure, ParallelSizes(expert=2), model, routers)
     assert row["tokens_per_s_per_gpu"] == other["tokens_per_s_per_gpu"], "the slowest process counts in all"
     assert 1.0 <= row["max_pairs_share"] <= 2.0
     assert float(row["last_loss"]) < float(row["first_loss"]) + 0.1
@@ -56,6 +57,21 @@ def test_balanced_routers_balance(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(weights_TK.sum(-1), torch.ones(512))
     counts_E = torch.bincount(ids_TK.flatten(), minlength=8)
     assert counts_E.max() < 1.5 * counts_E.float().mean()
+
+
+def test_experts_by_lot_have_the_same_work_and_the_routers_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import expert_parallel
+
+    router = SimpleNamespace(top_k=2, norm_topk_prob=False, weight=torch.zeros(8, 16))
+    logits_TE = torch.randn(4096, 8) + 20 * torch.arange(8)
+    _, weights_TK, ids_TK = expert_parallel.draw(router, None, (logits_TE, torch.ones(4096, 2), None))
+    torch.testing.assert_close(weights_TK, logits_TE.softmax(-1).gather(1, ids_TK))
+    expert_parallel.draw_choice(router, (torch.zeros(2, 2048, 16),))
+    for chosen_TK in (ids_TK, router.e_score_correction_bias.topk(2).indices):
+        counts_E = torch.bincount(chosen_TK.flatten(), minlength=8)
+        assert counts_E.max() < 1.15 * counts_E.float().mean()
+        assert (chosen_TK[:, 0] != chosen_TK[:, 1]).all()
 
 
 def test_the_bias_of_a_choice_balances(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,9 +88,7 @@ def dispatched_by_deep_ep(tokens: tuple[int, ...]) -> list[Tensor]:
     transport = open_deep_ep(
         mesh.wire(EXPERT, "the model"), num_local=EXPERTS // len(tokens), widths=[HIDDEN], dtype=torch.bfloat16
     )
-    results = through(mesh, transport, tokens)
-    transport.close()
-    return results
+    return through(mesh, transport, tokens)
 
 
 def through(mesh: ParallelMesh, transport: Transport, tokens: tuple[int, ...]) -> list[Tensor]:

@@ -66,16 +66,14 @@ class DeepEP:
         x_RH, weights_RK, ids_RK, trip = _ToExperts.apply(self.buffer, shard, ids_TK, x_TH, weights_TK)
         return Arrived(trip, x_RH, ids_RK, weights_RK)
 
-    def close(self) -> None:
-        """Free the buffer, together: it waits for the other processes."""
-        self.buffer.destroy()
-
 
 def open_deep_ep(wire: Wire, *, num_local: int, widths: Collection[int], dtype: torch.dtype) -> DeepEP:
     """DeepEP between the processes of `wire`, with a buffer as large as it advises for the rows.
 
     num_local: experts of a layer on each process. widths: of the rows, in any layer. dtype: of the experts' weights.
-    Every process must call it. Raises ConfigError if the package or the model does not allow it.
+    Every process must call it. The buffer stays until the process ends: DeepEP's way to free it lets a process free
+    memory that another still has open (https://github.com/deepseek-ai/DeepEP/issues/497).
+    Raises ConfigError if the package or the model does not allow it.
     """
     if dtype != torch.bfloat16:
         raise ConfigError(
@@ -98,7 +96,7 @@ def open_deep_ep(wire: Wire, *, num_local: int, widths: Collection[int], dtype: 
     configs = deep_ep.Buffer.get_dispatch_config(wire.size), deep_ep.Buffer.get_combine_config(wire.size)
     num_bytes = max(config.get_nvl_buffer_size_hint(row_bytes, wire.size) for config in configs)
     try:
-        # A buffer that frees itself waits for the other processes wherever Python drops it, also after an error.
+        # A buffer that frees itself does so wherever Python drops it, also after an error, and waits for all others.
         buffer = deep_ep.Buffer(wire.group, num_nvl_bytes=num_bytes, explicitly_destroy=True)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(

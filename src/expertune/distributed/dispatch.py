@@ -55,9 +55,6 @@ class Transport(Protocol):
     def send(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, shard: "ExpertShard") -> "Arrived":
         """`send_to_experts`."""
 
-    def close(self) -> None:
-        """Give back what it holds. Every process must call it; nothing is sent afterwards."""
-
 
 @dataclass(frozen=True)
 class AllToAll:
@@ -75,9 +72,6 @@ class AllToAll:
                 shard.meanwhile()
         x_RH, weights_RK = _ToExperts.apply(trip, x_PH, x_TH, weights_TK)
         return Arrived(trip, x_RH, trip.ids_RK, weights_RK)
-
-    def close(self) -> None:
-        """It holds nothing."""
 
 
 @dataclass(frozen=True)

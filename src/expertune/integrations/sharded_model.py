@@ -61,7 +61,7 @@ def spread_model(
 ) -> list[ShardedParameter]:
     """Leave each process with its share of a skeleton with an adapter, on `device`; returns what trains, in order.
 
-    fill: what gives the weights their values, part by part. deep_ep: carry tokens by DeepEP; `close_transport` ends it.
+    fill: what gives the weights their values, part by part. deep_ep: carry tokens by DeepEP.
     options: as given to `build_skeleton`.
     Every process must call it. Raises ConfigError if experts do not divide, if the checkpoint lacks a weight, or if
     DeepEP cannot be used.
@@ -191,13 +191,6 @@ def _open_deep_ep(modules: list[nn.Module], mesh: ParallelMesh, num_local: int) 
         up, down = (read_projection(module, name, None).weight_EYX for name in projection_names(module))
         widths |= {up.shape[2], down.shape[1]}  # of the tokens that go out, of the results that come back
     return open_deep_ep(mesh.wire(EXPERT, "the model"), num_local=num_local, widths=widths, dtype=up.dtype)
-
-
-def close_transport(peft_model: Any) -> None:
-    """End what carries tokens between the processes, after which the model cannot run. Every process must call it."""
-    shards = (getattr(module, experts_integration.SHARD, None) for module in peft_model.modules())
-    for transport in {shard.transport for shard in shards if shard is not None}:
-        transport.close()
 
 
 def cut_experts_modules(model: nn.Module, mesh: ParallelMesh) -> None:

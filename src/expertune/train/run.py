@@ -21,7 +21,7 @@ from expertune.errors import ConfigError, ExpertuneError, Interrupted
 from expertune.files import write_whole
 from expertune.integrations.audit import AdapterAudit, audit
 from expertune.integrations.saved_adapter import open_adapter, read_adapter
-from expertune.integrations.sharded_model import close_transport, spread_model
+from expertune.integrations.sharded_model import spread_model
 from expertune.integrations.shared_overlap import overlap_shared_experts
 from expertune.integrations.targets import summarise_trainable
 from expertune.layers.backends import AUTO, pick_backend
@@ -117,20 +117,14 @@ def train(config: TrainConfig, console: Console, *, resume_command: str, resume:
         progress.close()
         records.close()
     if stop.stopped_by is not None:
-        _leave(model, mesh)
+        leave_mesh()
         raise _interrupted(stop.stopped_by, output_dir, trainer.state.global_step, resume_command)
     report.seconds = time.perf_counter() - start
     report.peak_memory_gib = largest(mesh, peak_memory_bytes() / 2**30)
     if is_first(mesh):
         write_whole(output_dir / REPORT, json.dumps(asdict(report), indent=2) + "\n")
-    _leave(model, mesh)
-    return report
-
-
-def _leave(model: PeftModel, mesh: ParallelMesh | None) -> None:
-    if mesh is not None:
-        close_transport(model)
     leave_mesh()
+    return report
 
 
 def _open_output_dir(config: TrainConfig, output_dir: Path, resume: bool, console: Console) -> Path | None:

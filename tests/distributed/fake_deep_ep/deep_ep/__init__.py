@@ -12,8 +12,6 @@ all in https://github.com/deepseek-ai/DeepEP. Not here: streams, events that are
 The real one takes CUDA tensors only.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -83,13 +81,6 @@ class Buffer:
         host_assert(self.group_size < 8 or self.group_size % 8 == 0, "num_ranks")
         self.num_nvl_bytes, self.explicitly_destroy = num_nvl_bytes, explicitly_destroy
         dist.all_gather_object([None] * self.group_size, self.rank, group)  # [py] of device ids and IPC handles
-        self.runtime: Any = object()
-
-    def destroy(self) -> None:
-        assert self.explicitly_destroy, "`explicitly_destroy` flag must be set"
-        host_assert(self.runtime is not None, "not destroyed")
-        dist.barrier(self.group)  # [host] of the kernels' own
-        self.runtime = None
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
@@ -214,7 +205,6 @@ class Buffer:
         return sums_TX.to(rows_RX.dtype)
 
     def _exchange(self, rows: Tensor, goes_TN: Tensor, prefix_NN: Tensor, *, home: bool) -> Tensor:
-        host_assert(self.runtime is not None, "not destroyed")
         send = goes_TN.sum(0).tolist()
         receive = prefix_NN[:, self.rank].diff(prepend=prefix_NN.new_zeros(1)).tolist()
         if home:
