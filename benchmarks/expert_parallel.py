@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 1 benchmarks/expert_parallel.py --out EP.csv          # the same line with 2 and with 4
     torchrun --nproc-per-node 4 benchmarks/expert_parallel.py --out EP.csv --shard 2      # experts 2 x shards 2
-    torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --balanced-routers
+    torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --routers even
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --model GLM-4.5-Air --no-overlap
     torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --out EP.csv --tiny          # a toy on the CPU
 
@@ -12,10 +12,11 @@ adapters of rank 16 on attention and every expert, fp32, AdamW; bf16 autocast, s
 from a barrier to the device's end, and the slowest process's time counts. `max_pairs_share`: of the (token, expert)
 pairs of a layer, what the busiest process has, times their number: 1 if all have the same, in the worst layer.
 
-Routers are random too, and tokens of a random model have much in common, so that some experts get most of them. With
---balanced-routers a router's logits (GLM: its scores, where it chooses) are taken less their mean over the process's
-tokens, which is what a balanced router's bias does: tokens choose as different as they are, and experts get about the
-same.
+Routers are random too, and tokens of a random model have much in common, so that some experts get most of them:
+--routers random. --routers balanced takes a router's logits (GLM: its scores, where it chooses) less their mean over
+the process's tokens, as a balanced router's bias does; in the worst layer the busiest GPU still has 1.2 (of 2) or 1.5
+times (of 4) its share. --routers even draws each token's experts by lot: all GPUs have the same work, and what is left
+is the cost of sending tokens. Weights are the router's in all of them.
 
 GLM-4.5-Air, all of its layers sparse here, has a shared expert beside the routed ones: it runs while tokens travel, as
 in a training run, or after them with --no-overlap.
@@ -97,7 +98,7 @@ class Setting:
     shard: int
     backend: str
     checkpointing: bool
-    balanced: bool
+    routers: str
     overlap: bool
     deep_ep: bool
     steps: int
@@ -149,6 +150,23 @@ def balance_choice(router: Any, inputs: tuple[Tensor]) -> None:
     router.e_score_correction_bias = -scores_TE.detach().mean(0)
 
 
+def draw(router: Any, _inputs: Any, outputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What Qwen3's router returns, with experts drawn by lot and their weights from the logits."""
+    logits_TE, weights_TK, _ = outputs
+    ids_TK = torch.rand_like(logits_TE).topk(router.top_k, dim=-1).indices
+    scores_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).gather(1, ids_TK)
+    if router.norm_topk_prob:
+        scores_TK = scores_TK / scores_TK.sum(-1, keepdim=True)
+    return logits_TE, scores_TK.to(weights_TK.dtype), ids_TK
+
+
+def draw_choice(router: Any, inputs: tuple[Tensor]) -> None:
+    """The bias of GLM's router, which counts for the choice alone: for each token another, above all scores."""
+    (hidden,) = inputs
+    num_tokens, num_experts = hidden.flatten(0, -2).shape[0], router.weight.shape[0]
+    router.e_score_correction_bias = 1e3 * torch.rand(num_tokens, num_experts, device=hidden.device)
+
+
 def routers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
 
@@ -172,12 +190,13 @@ def build(setting: Setting, mesh: ParallelMesh, device: torch.device) -> tuple[A
             model, folder, setting.dtype, mesh, device, fill=random_parts, deep_ep=setting.deep_ep, **options
         )
     add_fused_lm_head(model.get_base_model())
-    if setting.balanced:
+    if setting.routers != "random":
+        change, change_choice = {"balanced": (balance, balance_choice), "even": (draw, draw_choice)}[setting.routers]
         for router in routers_of(model):
             if hasattr(router, "e_score_correction_bias"):
-                router.register_forward_pre_hook(balance_choice)
+                router.register_forward_pre_hook(change_choice)
             else:
-                router.register_forward_hook(balance)
+                router.register_forward_hook(change)
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(), parameters
@@ -241,7 +260,6 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
     peak = torch.tensor([torch.cuda.max_memory_allocated() if device.type == "cuda" else 0], device=device)
     peak_bytes = int(mesh.wire(None, "the benchmark").maximum(peak, "peak memory"))
     share = busiest_share(model, random_batch(setting, vocab, 0, device), mesh.sizes)
-    sharded_model.close_transport(model)
     p20, p50, p80 = (1000 * q for q in statistics.quantiles(seconds[WARM_STEPS:], n=10)[1:8:3])
     sizes = mesh.sizes
     return {
@@ -250,7 +268,7 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
         "dp_replicate_size": sizes.replicate, "layers": setting.layers, "tokens_per_gpu": setting.tokens, "rank": RANK,
         "backend": setting.backend,
         "expert_parallel_backend": "deep_ep" if setting.deep_ep else dist.get_backend(),
-        "checkpointing": setting.checkpointing, "balanced_routers": setting.balanced, "overlapped_layers": overlapped,
+        "checkpointing": setting.checkpointing, "routers": setting.routers, "overlapped_layers": overlapped,
         "num_steps": setting.steps,
         "p20_ms": round(p20, 1), "p50_ms": round(p50, 1), "p80_ms": round(p80, 1),
         "tokens_per_s_per_gpu": round(1000 * setting.tokens / p50), "first_step_s": round(seconds[0], 2),
@@ -260,7 +278,7 @@ def measure(setting: Setting, mesh: ParallelMesh, device: torch.device) -> dict[
 
 
 SAME = (
-    "machine", "model", "layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "balanced_routers", "device",
+    "machine", "model", "layers", "tokens_per_gpu", "rank", "backend", "checkpointing", "routers", "device",
 )  # fmt: skip
 
 
@@ -301,7 +319,9 @@ def main() -> None:
     parser.add_argument("--replicate", type=int, default=1, help="dp_replicate_size")
     parser.add_argument("--backend", help="of the experts (default: the best that runs)")
     parser.add_argument("--no-checkpointing", action="store_true")
-    parser.add_argument("--balanced-routers", action="store_true", help="each expert gets about as many tokens")
+    parser.add_argument(
+        "--routers", choices=("random", "balanced", "even"), default="random", help="how tokens choose their experts"
+    )
     parser.add_argument("--deep-ep", action="store_true", help="tokens travel by DeepEP")
     parser.add_argument("--no-overlap", action="store_true", help="shared experts run after the routed ones")
     parser.add_argument("--steps", type=int, default=10, help="that count")
@@ -325,7 +345,7 @@ def main() -> None:
         shard=arguments.shard,
         backend=arguments.backend or pick_backend(device.type),
         checkpointing=not arguments.no_checkpointing,
-        balanced=arguments.balanced_routers,
+        routers=arguments.routers,
         overlap=not arguments.no_overlap,
         deep_ep=arguments.deep_ep,
         steps=arguments.steps,
