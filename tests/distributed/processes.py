@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from expertune.distributed.mesh import leave_mesh
@@ -33,6 +33,7 @@ class Crew:
         context.set_forkserver_preload(PRELOADED)  # imported once, not by each process
         self.ends: list[Connection] = []
         self.processes: list[SpawnProcess] = []
+        self.stores: list[dist.TCPStore] = []
         self.folder = tempfile.TemporaryDirectory()
         for rank in range(size):
             here, there = context.Pipe()
@@ -44,9 +45,11 @@ class Crew:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
         """Run `function(*args)` in every process; the results by rank. Raises what the processes raised, as text."""
-        port = free_port()  # a new one: who joins again must not meet the store that others are leaving
+        # A new one: who joins again must not meet the store that others are leaving. It is open before anybody joins.
+        self.stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        del self.stores[:-2]
         for end in self.ends:
-            end.send((function, args, port))
+            end.send((function, args, self.stores[-1].port))
         deadline = time.monotonic() + timeout_s
         results, problems, late = [], [], []
         for rank, end in enumerate(self.ends):
@@ -108,13 +111,8 @@ def torchrun_variables(rank: int, size: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # nobody opens the store: it is there
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
