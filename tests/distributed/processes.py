@@ -61,7 +61,8 @@ class Crew:
             if not worked:
                 problems.append(f"rank {rank}:\n{value}")
         if late:
-            problems.append(f"rank {late} of {self.size} did not finish {function.__name__} in {timeout_s} s")
+            names = " and ".join(map(str, late))
+            problems.append(f"rank {names} of {self.size} did not finish {function.__name__} in {timeout_s} s")
             problems += [f"rank {rank}, where it is:\n{stack}" for rank, stack in enumerate(self.stacks())]
             self.close()
             raise TimeoutError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""The estimate beside what was measured on an H200: benchmarks/results/train_step_h200.csv and bench_h200.csv."""
+"""The estimate beside what was measured on H200s: train_step_h200.csv, expert_parallel_h200.csv and bench_h200.csv."""
 
 import csv
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3MoeConfig
@@ -56,6 +57,40 @@ def test_the_peak_of_twelve_layers_on_an_h200(tmp_path: Path, monkeypatch: pytes
     course = Paper(built).run(Step(2, 4096, torch.bfloat16, checkpointing=True, balance_coefficient=0.0))
     estimated = memory_on(ParallelSizes(), model, optimizer_bytes("adamw_torch"), course).allocated_bytes
     assert estimated / GIB == pytest.approx(float(measured["peak_gib"]), rel=0.02)
+
+
+def measured_peaks() -> dict[tuple[ParallelSizes, int], list[float]]:
+    """Of eight layers of Qwen3-30B-A3B on one to four H200s: by layout and tokens of a GPU, in GiB."""
+    peaks: dict[tuple[ParallelSizes, int], list[float]] = {}
+    with (RESULTS / "expert_parallel_h200.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["model"], row["expert_parallel_backend"]) == ("Qwen3-30B-A3B", "nccl"):
+                assert (row["layers"], row["rank"], row["checkpointing"]) == ("8", "16", "True")
+                names = ("expert_parallel_size", "dp_shard_size", "dp_replicate_size")
+                key = ParallelSizes(*(int(row[name]) for name in names)), int(row["tokens_per_gpu"])
+                peaks.setdefault(key, []).append(float(row["peak_gib_per_gpu"]))
+    return peaks
+
+
+@pytest.fixture(scope="module")
+def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
+    model_config = Qwen3MoeConfig(**QWEN3_30B_A3B, num_hidden_layers=8, norm_topk_prob=True)
+    return build_on_meta(config_of(tmp_path_factory.mktemp("eight"), model_config, lora_r=16))
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens"),
+    measured_peaks(),
+    ids=[f"{layout.expert}-{layout.shard}-{tokens}" for layout, tokens in measured_peaks()],
+)
+def test_the_peak_of_eight_layers_on_several_h200s(layout: ParallelSizes, tokens: int, eight_layers: PeftModel) -> None:
+    step = Step(
+        tokens // 4096, 4096, torch.bfloat16, checkpointing=True, expert_parallel=layout.expert, balance_coefficient=0.0
+    )
+    course = Paper(eight_layers).run(step)
+    memory = memory_on(layout, count(eight_layers), optimizer_bytes("adamw_torch_fused"), course)
+    for measured in measured_peaks()[layout, tokens]:  # routers of several kinds, and so several loads
+        assert memory.allocated_bytes / GIB == pytest.approx(measured, rel=0.02 if layout.world == 1 else 0.1)
 
 
 def measured_experts() -> list[dict[str, str]]:
