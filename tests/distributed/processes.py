@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from expertune.distributed.mesh import leave_mesh
@@ -33,7 +33,6 @@ class Crew:
         context.set_forkserver_preload(PRELOADED)  # imported once, not by each process
         self.ends: list[Connection] = []
         self.processes: list[SpawnProcess] = []
-        self.stores: list[dist.TCPStore] = []
         self.folder = tempfile.TemporaryDirectory()
         for rank in range(size):
             here, there = context.Pipe()
@@ -45,30 +44,21 @@ class Crew:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
         """Run `function(*args)` in every process; the results by rank. Raises what the processes raised, as text."""
-        # A new one: who joins again must not meet the store that others are leaving. It is open before anybody joins.
-        self.stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-        del self.stores[:-2]
-        for end in self.ends:
-            end.send((function, args, self.stores[-1].port))
-        deadline = time.monotonic() + timeout_s
-        results, problems, late = [], [], []
-        for rank, end in enumerate(self.ends):
-            if not end.poll(max(deadline - time.monotonic(), 0)):
-                late.append(rank)
-                continue
-            worked, value = end.recv()
-            results.append(value)
-            if not worked:
-                problems.append(f"rank {rank}:\n{value}")
+        with reserved_port() as port:  # a new one: who joins again must not meet the store that others are leaving
+            for end in self.ends:
+                end.send((function, args, port))
+            deadline = time.monotonic() + timeout_s
+            answers = [end.recv() if end.poll(max(deadline - time.monotonic(), 0)) else None for end in self.ends]
+        problems = [f"rank {rank}:\n{got[1]}" for rank, got in enumerate(answers) if got is not None and not got[0]]
+        late = " and ".join(str(rank) for rank, got in enumerate(answers) if got is None)
         if late:
-            names = " and ".join(map(str, late))
-            problems.append(f"rank {names} of {self.size} did not finish {function.__name__} in {timeout_s} s")
+            problems.append(f"rank {late} of {self.size} did not finish {function.__name__} in {timeout_s} s")
             problems += [f"rank {rank}, where it is:\n{stack}" for rank, stack in enumerate(self.stacks())]
             self.close()
             raise TimeoutError("\n".join(problems))
         if problems:
             raise AssertionError("\n".join(problems))
-        return results
+        return [value for _, value in answers]
 
     def stacks(self) -> list[str]:
         """Of all threads, of each process."""
@@ -112,8 +102,16 @@ def torchrun_variables(rank: int, size: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # nobody opens the store: it is there
     }
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that is free at every address, and that nobody gets but who asks for it, as rank 0's store does."""
+    with socket.socket() as bound:  # and never listening: another may, where both allow it
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("", 0))
+        yield int(bound.getsockname()[1])
 
 
 @contextmanager
